@@ -1,0 +1,4 @@
+"""Weight updates: what an adapter, a fine-tune or an edit changed, read from weights alone.
+
+This floor stands on `manifolds` and knows parameters by their names, not what a model computes with them.
+"""
