@@ -1,0 +1,95 @@
+"""The picture of the README: a concept's shape at one site, and predicted against observed edits by site.
+
+Run with ``python -m experiments.figures``; it writes docs/images/months.png and takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import geoedit
+from geoedit.diagnosis.result import Diagnosis, SiteSummary
+
+log = logging.getLogger(__name__)
+INK, WARM, COOL = "#333333", "#d1495b", "#2e6f95"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to draw (a built-in model, one of its concepts), the file to write, and its dots an inch."""
+
+    model: str = "almanac-gpt2"
+    concept: str = "months"
+    path: Path = Path(__file__).parents[1] / "docs" / "images" / "months.png"
+    dpi: int = 150
+
+
+def run(settings: Settings | None = None) -> Path:
+    """Diagnose the concept with its edits applied, draw the picture, and return its path."""
+    settings = settings or Settings()
+    model, tokenizer, world = geoedit.testbeds.load(settings.model)
+    diagnosis = geoedit.diagnose(model, tokenizer, world.concepts[settings.concept], apply=True)
+    return draw(diagnosis, settings.path, dpi=settings.dpi)
+
+
+def draw(diagnosis: Diagnosis, path: Path, *, dpi: int = 150) -> Path:
+    """Write the picture of an applied diagnosis: class means on the left, success by site on the right."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    shape, success = figure.subplots(1, 2)
+    site = max(diagnosis.sites, key=lambda entry: entry.separation)
+    draw_shape(shape, site, diagnosis.concept["values"], closed=diagnosis.concept["kind"] == "cycle")
+    draw_success(success, diagnosis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(temporary, dpi=dpi, metadata={"Software": None})
+    os.replace(temporary, path)
+    return path
+
+
+def draw_shape(axes: Axes, site: SiteSummary, values: list[str], *, closed: bool) -> None:
+    """Class means on their first two principal axes, joined in the order of the values."""
+    points = np.asarray(site.coordinates)[:, :2]
+    path = np.vstack([points, points[:1]]) if closed else points
+    axes.plot(*path.T, color=COOL, linewidth=1.2, alpha=0.6)
+    axes.scatter(
+        *points.T, c=np.arange(len(points)), cmap="twilight" if closed else "viridis", s=50, zorder=3
+    )
+    for value, point in zip(values, points, strict=True):
+        axes.annotate(value, point, xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+    share = sum(site.explained[:2])
+    axes.set_title(f"class means at {site.label}\n(two axes hold {share:.0%} of their spread)", fontsize=10)
+    axes.set_aspect("equal", "datalim")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def draw_success(axes: Axes, diagnosis: Diagnosis) -> None:
+    """Share of edits that succeed by site and kind of edit: predicted (open) and observed (filled)."""
+    places = [site.label for site in diagnosis.sites]
+    table = diagnosis.table
+    colours = dict(zip(dict.fromkeys(table["edit"]), (COOL, WARM), strict=False))
+    for kind, colour in colours.items():
+        part = table[table["edit"] == kind].groupby("site")[["probability", "success"]]
+        mean = part.agg(lambda column: column.astype(float).mean()).reindex(places)
+        axes.plot(mean["success"], "o-", color=colour, label=f"{kind}: observed")
+        axes.plot(
+            mean["probability"], "o--", color=colour, markerfacecolor="white", label=f"{kind}: predicted"
+        )
+    axes.set_xticks(range(len(places)), places, rotation=30, ha="right", fontsize=8)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("share of edits that succeed")
+    axes.set_title(f"straight edits of {diagnosis.concept['name']} in {diagnosis.model}", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log.info("wrote %s", run())

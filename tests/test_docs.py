@@ -1,0 +1,38 @@
+"""What the guide shows runs: every python block of a page, in the order of the page."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+GUIDE = Path(__file__).parents[1] / "docs" / "guide"
+PRELUDE = """
+import torch
+import geoedit
+model, tokenizer, world = geoedit.testbeds.load("almanac-gpt2")
+months = concept = world.concepts["months"]
+prompts = months.prompts()
+labels = [prompt.value for prompt in prompts]
+site = geoedit.Site(block=2, stream="residual_out", token="value")
+sites = [site]
+states = geoedit.collect(model, tokenizer, prompts, [site])[site]
+direction = states[0] - states[-1]
+edit = geoedit.LinearSteer(site=site, direction=direction, scale=1.0)
+inputs = tokenizer([prompts[0].text], return_tensors="pt")
+"""
+
+
+def blocks(page: Path) -> list[str]:
+    """The python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [path.stem for path in sorted(GUIDE.glob("*.md")) if blocks(path)])
+def test_guide_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yaml = re.search(r"```yaml\n(.*?)```", (GUIDE / "concept-files.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "sizes.yaml").write_text(yaml[1])
+    namespace: dict[str, object] = {}
+    exec(compile(PRELUDE, "prelude", "exec"), namespace)
+    for number, block in enumerate(blocks(GUIDE / f"{page}.md"), start=1):
+        exec(compile(block, f"{page}.md, block {number}", "exec"), namespace)
