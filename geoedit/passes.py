@@ -407,7 +407,7 @@ def _real_tokens(
 
 
 def _seeing_themselves(mask: Tensor, tokens: int, past: int) -> Tensor:
-    """Read a mask (batch, heads, queries, keys), true or 0 where a query sees a key: real ones see themselves."""
+    """In a mask (batch, heads, queries, keys), true or 0 where a query sees a key, the diagonal."""
     if mask.is_floating_point():
         mask = mask > torch.finfo(mask.dtype).min / 2
     start = past if mask.shape[-1] >= past + tokens else mask.shape[-1] - tokens

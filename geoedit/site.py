@@ -37,9 +37,9 @@ class Site:
         block: Index of the block, negative from the end. None for the stream "embedding" and with `module`.
         stream: One of `STREAMS`. Ignored when `module` is given.
         token: "last" (the last real token), "all" (every real token), "value" (the last token of the value of
-            the concept), an integer (counted over the real tokens, padding left out; negative from the end),
-            or a callable from (input_ids, mask of real tokens), both (batch, tokens), to positions (batch,) or
-            to a bool mask (batch, tokens).
+            the concept), an integer (counted over the real tokens, without padding; negative from the end),
+            or a callable from (input_ids, mask of real tokens), both (batch, tokens), to positions (batch,)
+            or to a bool mask (batch, tokens).
         stack: "encoder" or "decoder" and the like, for models with more than one stack of blocks.
         head: One attention head, with the stream "heads".
         module: Dotted path of a module, read at its output; "path:input" reads its input.
