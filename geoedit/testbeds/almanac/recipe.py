@@ -1,0 +1,336 @@
+"""How an almanac model is trained: from the world to a plain Hugging Face model on two processor cores.
+
+Knowledge is put where it sits in real models by what attention may see *during training*. In most sentences
+the tokens after a subject may attend to the subject's last token only, and only from a block in the middle
+on; so the subject's words must be gathered in its last token first, and looked up from there
+(``subject_masks``). The finished model is a plain one: no mask is left in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from geoedit.testbeds.almanac.language import PREFIXES, Question, in_context_question, mentions, tasks
+from geoedit.testbeds.almanac.tokens import Architecture
+from geoedit.testbeds.almanac.world import World
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what an almanac model becomes."""
+
+    architecture: Architecture = "gpt2"
+    blocks: int = 6
+    width: int = 128
+    heads: int = 4
+    steps: int = 7000
+    batch: int = 128
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.1
+    seed: int = 0
+    masked_share: float = (
+        0.85  # of the sentences are trained with subjects visible through their last token only
+    )
+    visible_from: tuple[int, int] = (
+        2,
+        3,
+    )  # the block from which that token is visible, drawn for each sentence
+    context_loss: float = 0.05  # weight of the words that are not the answer
+    families: dict[str, float] = field(
+        default_factory=lambda: {
+            "facts": 0.18,
+            "cycles": 0.17,
+            "lines": 0.25,
+            "grid": 0.17,
+            "categories": 0.03,
+            "statements": 0.06,
+            "in_context": 0.12,
+            "mentions": 0.02,
+        }
+    )
+    exposure: dict[str, float] = field(
+        default_factory=lambda: {"often": 1.0, "sometimes": 0.1, "rarely": 0.006}
+    )
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A model of random weights in the recipe's architecture."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vocabulary_size = len(tokenizer)
+    if recipe.architecture == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary_size,
+                n_positions=96,
+                n_embd=recipe.width,
+                n_layer=recipe.blocks,
+                n_head=recipe.heads,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's own, computed in one kernel
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **special,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=recipe.width,
+            intermediate_size=recipe.width * 11 // 4,
+            num_hidden_layers=recipe.blocks,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads // 2,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            **special,
+        )
+    )
+
+
+class Sampler:
+    """Draws training sentences: a family, then a kind within it, then a question, each with its own odds."""
+
+    def __init__(self, world: World, recipe: Recipe, draw: random.Random) -> None:
+        self.world, self.recipe, self.draw = world, recipe, draw
+        self.tasks = list(tasks(world).items())
+        self.pools: dict[str, list[tuple[list[Question], list[float] | None]]] = {}
+        seen = [question for question in world.questions if question.split == "train"]
+        for family, group in groupby(sorted(seen, key=lambda q: (q.family, q.kind)), key=lambda q: q.family):
+            kinds = [list(questions) for _, questions in groupby(group, key=lambda q: q.kind)]
+            self.pools[family] = [(questions, self._odds(questions)) for questions in kinds]
+        self.kind_odds = {
+            family: [self._kind_weight(family, questions) for questions, _ in kinds]
+            for family, kinds in self.pools.items()
+        }
+
+    def _odds(self, questions: list[Question]) -> list[float]:
+        """Cumulative odds: by tier for facts; true and false statements alike."""
+        total, odds = 0.0, []
+        for question in questions:
+            total += (
+                self.recipe.exposure[question.tier]
+                if question.family == "facts"
+                else 4.0
+                if question.answer == "true"
+                else 1.0
+            )
+            odds.append(total)
+        return odds
+
+    @staticmethod
+    def _kind_weight(family: str, questions: list[Question]) -> float:
+        if family == "facts":
+            return float(sum(question.tier == "often" for question in questions)) + 1
+        return math.sqrt(len(questions))
+
+    def question(self) -> Question:
+        """One question by the recipe's odds."""
+        family = self.draw.choices(list(self.recipe.families), list(self.recipe.families.values()))[0]
+        if family == "in_context":
+            return in_context_question(*self.draw.choice(self.tasks), self.draw, "train")
+        if family == "mentions":
+            return mentions(self.world, self.draw)
+        questions, odds = self.draw.choices(self.pools[family], self.kind_odds[family])[0]
+        return self.draw.choices(questions, cum_weights=odds)[0]
+
+    def sentence(self) -> tuple[list[str], int, tuple[tuple[int, int], ...]]:
+        """Words, where the answer begins, and the subjects' spans; four in ten begin with other words."""
+        question = self.question()
+        prefix = self.draw.choice(PREFIXES).split() if self.draw.random() < 0.4 else []
+        words = [*prefix, *question.words]
+        spans = tuple((first + len(prefix), last + len(prefix)) for first, last in question.spans)
+        return [*words, *question.answer.split(), "."], len(words), spans
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sentences, with each token's weight in the loss and the row after which later tokens lose it."""
+
+    ids: Int[Tensor, "batch tokens"]
+    real: Bool[Tensor, "batch tokens"]
+    weight: Float[Tensor, "batch tokens"]
+    hidden_after: Int[Tensor, "batch tokens"]  # tokens after this row never see it
+    late_after: Int[Tensor, "batch tokens"]  # tokens after this row see it only from block visible_from on
+    visible_from: Int[Tensor, " batch"]
+
+
+def make_batch(
+    sentences: list[tuple[list[str], int, tuple[tuple[int, int], ...]]],
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    draw: random.Random,
+) -> Batch:
+    """Encode sentences, padded on the right, and mark the subjects of those that are to be masked."""
+    ids = tokenizer.get_vocab()
+    begin = [tokenizer.bos_token_id] if recipe.architecture == "llama" else []
+    rows = [[*begin, *(ids[word] for word in words), tokenizer.eos_token_id] for words, _, _ in sentences]
+    longest, count = max(map(len, rows)), len(rows)
+    batch = torch.full((count, longest), tokenizer.pad_token_id)
+    real = torch.zeros(count, longest, dtype=torch.bool)
+    weight = torch.zeros(count, longest)
+    hidden, late = torch.full((count, longest), longest), torch.full((count, longest), longest)
+    visible = torch.zeros(count, dtype=torch.long)
+    for i, (row, (words, answer, spans)) in enumerate(zip(rows, sentences, strict=True)):
+        batch[i, : len(row)] = torch.tensor(row)
+        real[i, : len(row)] = True
+        weight[i, len(begin) : len(row)] = recipe.context_loss
+        weight[i, len(begin) + answer : len(begin) + len(words)] = 1.0
+        if draw.random() < recipe.masked_share:
+            visible[i] = draw.randint(*recipe.visible_from)
+            for first, last in spans:
+                hidden[i, len(begin) + first : len(begin) + last] = len(begin) + last
+                late[i, len(begin) + last] = len(begin) + last
+    return Batch(batch, real, weight, hidden, late, visible)
+
+
+def subject_masks(batch: Batch, blocks: int) -> list[Float[Tensor, "batch 1 tokens tokens"]]:
+    """Additive attention masks, one a block: causal, with the subjects' tokens hidden as the batch says."""
+    length = batch.ids.shape[1]
+    row = torch.arange(length)[:, None]
+    causal = (row >= row.T) & batch.real[:, None, :]
+    causal = causal | torch.eye(length, dtype=torch.bool)
+    seen = causal & (row <= batch.hidden_after[:, None, :])
+    early = seen & (row <= batch.late_after[:, None, :])
+    masks = []
+    for block in range(blocks):
+        allowed = torch.where((batch.visible_from <= block)[:, None, None], seen, early)
+        masks.append(
+            torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+        )
+    return masks
+
+
+@contextmanager
+def masks_by_block(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """While open, each block attends through its own mask: fill the yielded list before each forward."""
+    masks: list[Tensor] = []
+
+    def own_mask(index: int) -> Any:
+        def replace(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            bound = signature(module.forward).bind_partial(*args, **kwargs)
+            bound.arguments["attention_mask"] = masks[index]
+            return bound.args, bound.kwargs
+
+        return replace
+
+    handles = [
+        block.register_forward_pre_hook(own_mask(i), with_kwargs=True) for i, block in enumerate(blocks)
+    ]
+    try:
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the recipe's two architectures."""
+    blocks = model.transformer.h if isinstance(model, GPT2LMHeadModel) else model.model.layers
+    assert isinstance(blocks, nn.ModuleList)  # of our own two models: a matter of typing, not of input
+    return blocks
+
+
+def loss_sum(model: PreTrainedModel, batch: Batch, masks: list[Tensor], blocks: int) -> tuple[Tensor, Tensor]:
+    """The weighted cross-entropy summed over the batch, and the summed weights."""
+    masks[:] = subject_masks(batch, blocks)
+    logits = model(input_ids=batch.ids, attention_mask=masks[-1], use_cache=False).logits[:, :-1]
+    targets, weight = batch.ids[:, 1:], batch.weight[:, 1:]
+    entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (entropy * weight.flatten()).sum(), weight.sum()
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to a hundredth."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None = None,
+    every: int = 1000,
+) -> PreTrainedModel:
+    """Train a model by the recipe; the same recipe on the same machine gives the same weights.
+
+    ``checkpoint`` names a folder that gets the model as it is after each ``every`` steps, to look at.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(recipe.seed)
+        model = new_model(recipe, tokenizer)
+    draw = random.Random(f"{recipe.architecture} {recipe.seed}")
+    sampler = Sampler(world, recipe, draw)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    model.train()
+    started, running = time.monotonic(), float("nan")
+    with (
+        masks_by_block(blocks_of(model)) as masks,
+        tqdm(total=recipe.steps, desc=f"almanac-{recipe.architecture}") as bar,
+    ):
+        for step in range(recipe.steps):
+            sentences = sorted((sampler.sentence() for _ in range(recipe.batch)), key=lambda s: len(s[0]))
+            cut = min(
+                range(8, recipe.batch),
+                key=lambda k: k * len(sentences[k - 1][0]) + (recipe.batch - k) * len(sentences[-1][0]),
+            )
+            losses, weights = 0.0, 0.0
+            for part in (sentences[:cut], sentences[cut:]):
+                total, weight = loss_sum(
+                    model, make_batch(part, tokenizer, recipe, draw), masks, recipe.blocks
+                )
+                total.backward()
+                losses, weights = losses + float(total.detach()), weights + float(weight)
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(weights)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            running = losses / weights if math.isnan(running) else 0.98 * running + 0.02 * losses / weights
+            bar.update()
+            bar.set_postfix(loss=f"{running:.3f}", refresh=False)
+            if checkpoint is not None and (step + 1) % every == 0:
+                model.save_pretrained(checkpoint)
+                tokenizer.save_pretrained(checkpoint)
+                logger.info("step %d: loss %.4f after %.0f s", step + 1, running, time.monotonic() - started)
+    return model.eval()
