@@ -17,7 +17,8 @@ site = geoedit.Site(block=2, stream="residual_out", token="value")
 sites = [site]
 states = geoedit.collect(model, tokenizer, prompts, [site])[site]
 direction = states[0] - states[-1]
-edit = geoedit.LinearSteer(site=site, direction=direction, scale=1.0)
+spelled = geoedit.tokens.spellings(tokenizer, months.values)
+edit = geoedit.LinearSteer(site=site, direction=direction, scale=1.0, value_ids=spelled)
 inputs = tokenizer([prompts[0].text], return_tensors="pt")
 """
 
@@ -36,3 +37,11 @@ def test_guide_runs(page, tmp_path, monkeypatch):
     exec(compile(PRELUDE, "prelude", "exec"), namespace)
     for number, block in enumerate(blocks(GUIDE / f"{page}.md"), start=1):
         exec(compile(block, f"{page}.md, block {number}", "exec"), namespace)
+
+
+def test_architecture_names_every_module():
+    text = (GUIDE.parent / "architecture.md").read_text()
+    package = GUIDE.parents[1] / "geoedit"
+    hidden = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir()]
+    assert [name for name in names if name.strip("/") not in hidden and f"`{name}`" not in text] == []
