@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from geoedit.anatomy import Location, anatomy
 from geoedit.errors import EditError
 from geoedit.passes import Pass, Watch, resolve, unwatch, watch
 from geoedit.site import Site
@@ -25,21 +26,6 @@ class StopForward(Exception):  # noqa: N818 (it reports no error)
     """Raised by a function to end a forward pass whose remainder nobody needs; the caller catches it."""
 
 
-class Place(Protocol):
-    """What a hook needs to know of a location: see `geoedit.anatomy.Location`."""
-
-    @property
-    def path(self) -> str: ...  # noqa: D102
-    @property
-    def module(self) -> nn.Module: ...  # noqa: D102
-    @property
-    def side(self) -> str: ...  # noqa: D102
-    @property
-    def width(self) -> int: ...  # noqa: D102
-    @property
-    def features(self) -> slice | None: ...  # noqa: D102
-
-
 @dataclass(eq=False)
 class _Seen:
     """A pass with gradients, and enough of its states to know it again when a checkpoint computes it anew."""
@@ -47,6 +33,28 @@ class _Seen:
     this_pass: Pass
     shape: tuple[int, ...]
     sample: Tensor
+
+
+class Tally:
+    """A count or a flag that is kept on the device until somebody asks: asking would wait for the device."""
+
+    def __init__(self) -> None:
+        self._totals: dict[torch.device, Tensor] = {}
+
+    def add(self, value: Tensor) -> None:
+        """Count a number, or raise the flag if any value is true."""
+        value = _plain(value.detach())
+        value = value.any() if value.dtype == torch.bool else value.sum()
+        before = self._totals.get(value.device)
+        if before is not None:
+            value = before | value if value.dtype == torch.bool else before + value
+        self._totals[value.device] = value
+
+    def __int__(self) -> int:
+        return sum(int(total) for total in self._totals.values())
+
+    def __bool__(self) -> bool:
+        return any(bool(total) for total in self._totals.values())
 
 
 class Handle:
@@ -63,7 +71,7 @@ class Handle:
         self,
         model: nn.Module,
         site: Site,
-        place: Place,
+        place: Location,
         function: Function,
         phase: str,
         value_ids: ValueIds | None,
@@ -76,8 +84,7 @@ class Handle:
         self._place = place
         self._function = function
         self._choose: dict[str, Any] = {"phase": phase, "value_ids": value_ids, "positions": positions}
-        self._changed: dict[torch.device, Tensor] = {}
-        self._selected: dict[torch.device, Tensor] = {}
+        self._changed, self._selected = Tally(), Tally()
         self._seen: deque[_Seen] = deque(maxlen=256)
         self._modules = _around(model, place)
         self._watches: list[Watch] = [watch(module) for module in self._modules]
@@ -92,12 +99,12 @@ class Handle:
     @property
     def selected(self) -> int:
         """How many tokens were selected, over all passes."""
-        return sum(int(count) for count in self._selected.values())
+        return int(self._selected)
 
     @property
     def changed(self) -> bool:
         """Whether any selected state came out different from what went in."""
-        return any(bool(flag) for flag in self._changed.values())
+        return bool(self._changed)
 
     @property
     def attached(self) -> bool:
@@ -157,7 +164,7 @@ class Handle:
         states, this_pass = self._read(whole)
         selected = select(this_pass, self.site.token, **self._choose)
         new = self._function(states, selected, this_pass)
-        _add(self._selected, selected.sum())
+        self._selected.add(selected.long())
         if new is None:
             return None
         if new.shape != states.shape:
@@ -166,15 +173,14 @@ class Handle:
                 f" {tuple(states.shape)}; it must keep the shape."
             )
         new = new.to(device=states.device, dtype=states.dtype)
-        _add(self._changed, _plain(new.detach() != states.detach()).any())
+        self._changed.add(new.detach() != states.detach())
         return self._write(whole, new)
 
     def _read(self, whole: Tensor) -> tuple[Tensor, Pass]:
-        width = whole.shape[-1]
-        if width != self._place.width or whole.dim() < 2:
+        if whole.dim() < 2 or not whole.is_floating_point():
             raise EditError(
-                f"The state at {self.site} ({self.path}) has shape {tuple(whole.shape)};"
-                f" its last dimension should be {self._place.width}."
+                f"{self.path} gives {whole.dtype} of shape {tuple(whole.shape)}: no states"
+                f" (batch, tokens, width). Choose another place than {self.site}."
             )
         features = self._place.features
         states = whole if features is None else whole[..., features]
@@ -233,7 +239,7 @@ def intercept(
     phase: str = "both",
     value_ids: ValueIds | None = None,
     positions: Tensor | None = None,
-    location: Place | None = None,
+    location: Location | None = None,
 ) -> Handle:
     """Call a function on the states at a site, whenever the model runs, and put its result in their place.
 
@@ -260,13 +266,11 @@ def intercept(
             " for instance spellings(tokenizer, values)."
         )
     if location is None:
-        from geoedit.anatomy import anatomy
-
         location = anatomy(model).locate(site)
     return Handle(model, site, location, function, phase, value_ids, positions)
 
 
-def _around(model: nn.Module, place: Place) -> list[nn.Module]:
+def _around(model: nn.Module, place: Location) -> list[nn.Module]:
     """Give the modules from the model down to the site's own, without mere containers."""
     modules, module = [model], model
     for name in place.path.split(".")[:-1] if place.path else []:
@@ -295,16 +299,6 @@ def _with_first(output: Any, key: Any, new: Tensor) -> Any:
     if isinstance(output, list):
         return [*output[:key], new, *output[key + 1 :]]
     return type(output)(**{**dict(output.items()), key: new})
-
-
-def _add(totals: dict[torch.device, Tensor], value: Tensor) -> None:
-    """Count without asking the device for the number: that would wait for it."""
-    value = _plain(value)
-    before = totals.get(value.device)
-    if before is None:
-        totals[value.device] = value
-    else:
-        totals[value.device] = before | value if value.dtype == torch.bool else before + value
 
 
 def _plain(value: Tensor) -> Tensor:
