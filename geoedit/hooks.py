@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class Handle:
             unwatch(module)
         self._seen.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Handle:
         return self
 
     def __exit__(

@@ -6,7 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,8 @@ from geoedit.hooks import Tally, intercept
 from geoedit.passes import Pass
 from geoedit.site import Site
 from geoedit.tokens import ValueIds, check_phase
+
+AnyActivationEdit = TypeVar("AnyActivationEdit", bound="ActivationEdit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +132,11 @@ class ActivationEdit(Edit):
         named = ((each.name, getattr(self, each.name)) for each in fields(self))
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
-    def with_scale(self, scale: float | Tensor) -> Self:
+    def with_scale(self: AnyActivationEdit, scale: float | Tensor) -> AnyActivationEdit:
         """The same edit at another scale."""
         return replace(self, scale=scale)
 
-    def for_model(self, model: nn.Module) -> Self:
+    def for_model(self: AnyActivationEdit, model: nn.Module) -> AnyActivationEdit:
         """The same edit, marked as made from this model: attaching it to another one will raise."""
         return replace(self, fingerprint=fingerprint_of(model))
 
@@ -158,7 +160,7 @@ class ActivationEdit(Edit):
         }, tensors
 
     @classmethod
-    def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+    def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ActivationEdit:
         """Make the edit again from what `describe` gave."""
         given = {**{name: from_json(value) for name, value in values.items()}, **tensors}
         known = {each.name for each in fields(cls)}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,8 @@ from geoedit.errors import EditError
 
 if TYPE_CHECKING:
     from geoedit.edits.compose import Compose
+
+AnyEdit = TypeVar("AnyEdit", bound="Edit")
 
 
 class Work(ABC):
@@ -64,7 +66,7 @@ class EditHandle:
         """
         self._work.check()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> EditHandle:
         return self
 
     def __exit__(
@@ -94,7 +96,7 @@ class Edit(ABC):
         """Begin to work on a model; `attach` calls it."""
 
     @abstractmethod
-    def with_scale(self, scale: float | Tensor) -> Self:
+    def with_scale(self: AnyEdit, scale: float | Tensor) -> AnyEdit:
         """The same edit at another scale."""
 
     @abstractmethod
@@ -103,7 +105,7 @@ class Edit(ABC):
 
     @classmethod
     @abstractmethod
-    def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+    def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
         """Make the edit again from what `describe` gave."""
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,9 +44,9 @@ class Compose(Edit, kind="compose"):
             raise
         return _Together(works)
 
-    def with_scale(self, scale: float | Tensor) -> Self:
+    def with_scale(self, scale: float | Tensor) -> Compose:
         """Every edit's own scale, multiplied by one number."""
-        return type(self)(edit.with_scale(edit.scale * scale) for edit in self.edits)
+        return Compose(edit.with_scale(edit.scale * scale) for edit in self.edits)
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Give what a file must hold: every edit, its tensors named by its place."""
@@ -58,14 +58,14 @@ class Compose(Edit, kind="compose"):
         return {"edits": values}, tensors
 
     @classmethod
-    def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+    def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compose:
         """Make the composition again from what `describe` gave."""
         edits = []
         for place, description in enumerate(values.get("edits", ())):
             start = f"{place}."
             own = {name.removeprefix(start): each for name, each in tensors.items() if name.startswith(start)}
             edits.append(rebuilt(description, own))
-        return cls(edits)
+        return Compose(edits)
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.edits))

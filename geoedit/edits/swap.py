@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ class SwapMeans(ActivationEdit, kind="swap-means"):
             )
 
     @classmethod
-    def between(cls, means: Any, source: str, target: str, *, site: Site, **others: Any) -> Self:
+    def between(cls, means: Any, source: str, target: str, *, site: Site, **others: Any) -> SwapMeans:
         """Make the edit from the means of two values.
 
         Args:
