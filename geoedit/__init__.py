@@ -1,0 +1,55 @@
+"""Change or read one thing inside a neural network, and know beforehand whether it will work."""
+
+from geoedit import testbeds
+from geoedit.activations import Activations, Moments, Statistics, collect, run_with, statistics
+from geoedit.anatomy import Anatomy, Block, Location, Stack, anatomy
+from geoedit.concept import Concept, Prompt, Template, concepts
+from geoedit.diagnosis.result import Diagnosis
+from geoedit.diagnosis.run import diagnose
+from geoedit.edits import (
+    ActivationEdit,
+    Compose,
+    Edit,
+    EditHandle,
+    LinearSteer,
+    Patch,
+    SwapMeans,
+    load_edit,
+)
+from geoedit.errors import EditError
+from geoedit.loading import load_model
+from geoedit.site import Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationEdit",
+    "Activations",
+    "Anatomy",
+    "Block",
+    "Compose",
+    "Concept",
+    "Diagnosis",
+    "Edit",
+    "EditError",
+    "EditHandle",
+    "LinearSteer",
+    "Location",
+    "Moments",
+    "Patch",
+    "Prompt",
+    "Site",
+    "Stack",
+    "Statistics",
+    "SwapMeans",
+    "Template",
+    "anatomy",
+    "collect",
+    "concepts",
+    "diagnose",
+    "load_edit",
+    "load_model",
+    "run_with",
+    "statistics",
+    "testbeds",
+]
