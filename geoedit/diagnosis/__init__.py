@@ -1,0 +1,6 @@
+"""Will a straight edit work? Predicted at every site before anything is edited, then checked by running it."""
+
+from geoedit.diagnosis.result import Diagnosis, Expectation, Predictor, SiteSummary
+from geoedit.diagnosis.run import diagnose
+
+__all__ = ["Diagnosis", "Expectation", "Predictor", "SiteSummary", "diagnose"]

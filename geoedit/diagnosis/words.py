@@ -1,0 +1,99 @@
+"""What is said beside the tables: what a site holds, what the reader must know, which versions ran."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geoedit.diagnosis.plan import Plan
+from geoedit.diagnosis.predict import Rows
+from geoedit.diagnosis.result import SiteSummary
+from geoedit.site import Site
+
+
+def describe(
+    site: Site,
+    depth: int,
+    states: Float[Tensor, "rows width"],
+    means: Float[Tensor, "values width"],
+    rows: Rows,
+) -> SiteSummary:
+    """Put the class means on their principal axes and measure the spread between and within classes."""
+    centred = (means - means.mean(0)).double()
+    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    coordinates = (left * values)[:, :3]
+    total = float(values.square().sum())
+    explained = (values.square() / total).tolist()[:3] if total > 0 else [0.0] * min(3, len(values))
+    residuals = (states - means[rows.value]).double()
+    _, template = rows.template.unique(return_inverse=True)
+    sums = torch.zeros(int(template.max()) + 1, states.shape[1], dtype=torch.float64)
+    sums.index_add_(0, template, states.double())
+    free = states.double() - (sums / torch.bincount(template)[:, None])[template]
+    class_sums = torch.zeros(rows.values, states.shape[1], dtype=torch.float64).index_add_(
+        0, rows.value, free
+    )
+    counts = torch.bincount(rows.value, minlength=rows.values)
+    between = float((counts[:, None] * (class_sums / counts[:, None]).square()).sum())
+    whole = float(free.square().sum())
+    return SiteSummary(
+        label=str(site),
+        site=site.to_dict() if not callable(site.token) else {},
+        place=site.place,
+        token=site.token_name,
+        depth=depth,
+        coordinates=coordinates.tolist(),
+        explained=explained,
+        between=float(centred.square().sum(1).mean()),
+        within=float(residuals.square().sum(1).mean()),
+        separation=between / whole if whole > 0 else 0.0,
+    )
+
+
+def notes(landing: bool, applied: bool, plan: Plan, drawn_templates: bool) -> tuple[str, ...]:
+    """What a reader must know before trusting the numbers."""
+    found = [
+        "Only the first token of an answer counts, and only the next word: what a longer text would say was "
+        "not looked at.",
+        "Means are taken over the same sentences that are edited. New sentences may do worse.",
+        "The concept's templates decide what is asked; a concept can be movable in one use and not in "
+        "another.",
+    ]
+    if landing:
+        found.append(
+            "The prediction straightens the network between source and target. Far from both (large scales, "
+            "vectors from elsewhere) it sees less than it seems to."
+        )
+        found.append(
+            "The probability is a fixed logistic of the margin, set once on other concepts; how far it "
+            "holds here is shown where the edits were run, and unknown where they were not."
+        )
+    else:
+        found.append(
+            "These templates have no answers, so that the probability says only on which side of the rival "
+            "an edit lands: it is not calibrated, and success can't be seen."
+        )
+    if len(plan.edits) < plan.possible:
+        found.append(
+            f"Of {plan.possible} possible edits {len(plan.edits)} were drawn at random, the same at every "
+            "site."
+        )
+    if drawn_templates:
+        found.append("Not all templates were used; they were drawn at random to bound the work.")
+    if not applied:
+        found.append("No edit was run.")
+    return tuple(found)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("geoedit", "torch", "transformers", "numpy", "scikit-learn", "plotly"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
