@@ -1,4 +1,4 @@
-"""Where the parts of a model are: blocks, streams, heads, norms, embeddings, found by structure and behaviour."""
+"""Where the parts of any model are: blocks, streams, heads, norms, embeddings."""
 
 from geoedit.anatomy.find import anatomy
 from geoedit.anatomy.parts import STREAMS, Anatomy, Block, Location, Stack

@@ -7,13 +7,13 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from geoedit.anatomy.ends import embedding, feeds, final_norm, output_of, token_table, unembedding, within
 from geoedit.anatomy.heads import count_heads
 from geoedit.anatomy.inputs import Inputs, attempts, given
 from geoedit.anatomy.parts import HOW_TO_NAME, Anatomy, Block, Location, Stack
-from geoedit.anatomy.probe import Findings, adapted, is_norm, is_projection, probe, rows
+from geoedit.anatomy.probe import Addend, Findings, is_projection, probe, rows
 from geoedit.anatomy.trace import Call, Recording, input_tensor, recording, undisturbed
 from geoedit.errors import EditError
 
@@ -21,14 +21,21 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[int, Anatomy]] = weakref.Weak
 
 
 def anatomy(model: nn.Module, inputs: Any = None) -> Anatomy:
-    """Find blocks, streams, heads, norms and (un)embedding of any model, by its structure and behaviour, never by its name.
+    """Find blocks, streams, heads, norms and (un)embedding by structure and behaviour, never by name.
 
-    A tiny forward pass (`inputs`, a mapping, tuple or tensor, or else a few random tokens, pixels or frames) shows which lists hold
-    residual blocks: each maps a residual stream of shape (batch, tokens, width) to one of the same shape. Then one block of
-    each kind is run again with single tensors touched. An output a is what the block *adds* if a + e moves a sum (the block's
-    output, or the input of a norm) by c * e, for one number c. Where touching every second token of the block's input moves
-    the others in a, it is attention's; the last that does not mix tokens is the MLP's. The projection that makes it has
-    the heads (or the MLP's hidden layer) as its input. The model is left as it was; the result is remembered until its modules change.
+    A tiny forward pass (`inputs`, a mapping, tuple or tensor, or else a few random tokens, pixels or frames)
+    shows which lists hold residual blocks: each maps a stream of shape (batch, tokens, width) to one of the
+    same shape. Then one block of each kind is run again with single tensors touched. An output a is what the
+    block *adds* if a + e in its place moves a sum (the block's output, or the input of a norm) by c * e, for
+    one number c. Where touching every second token of the block's input moves the others in a, it is
+    attention's; the last addend that does not mix tokens is the MLP's. The projection that makes it has the
+    heads (or the MLP's hidden layer) as its input. The model is left as it was; the result is remembered
+    until the model's modules change.
+
+    Args:
+        model: Any module that holds a list of residual blocks; quantised, adapted (PEFT) and dispatched ones
+        too. inputs: What to call the model with, where a guess from its signature and configuration does not
+        do.
 
     Raises:
         EditError: no forward pass worked, or no residual blocks were found; the message lists what was.
@@ -66,7 +73,7 @@ def _find(model: nn.Module, inputs: Any) -> Anatomy:
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
     }
     children = {child: module for items in lists.values() for child, module in items.items()}
-    inside = {p for p in modules if any(_within(p, child) for child in children)}
+    inside = {p for p in modules if any(within(p, child) for child in children)}
     watched = {p: m for p, m in modules.items() if p and (p in children or p not in inside)}
     record, ids = _forward(model, inputs, watched, frozenset(children))
     calls = record.by_path()
@@ -74,7 +81,7 @@ def _find(model: nn.Module, inputs: Any) -> Anatomy:
     chosen = {
         path: items
         for path, items in chosen.items()
-        if not any(_within(path, child) for other in chosen if other != path for child in chosen[other])
+        if not any(within(path, child) for other in chosen if other != path for child in chosen[other])
     }
     if not chosen:
         raise EditError(_nothing(model, lists, calls))
@@ -85,9 +92,9 @@ def _find(model: nn.Module, inputs: Any) -> Anatomy:
         if len(chosen) == 1:
             stack = Stack(**{**vars(stack), "name": "decoder" if stack.causal else "encoder"})
         stacks[stack.name] = stack
-    unembedding_path = _unembedding(model, modules, stacks, record)
-    main = next(iter(stacks)) if len(stacks) == 1 else _feeds(stacks, record, unembedding_path)
-    embedding_path = _embedding(model, modules, stacks, main, calls)
+    unembedding_path = unembedding(model, modules, stacks, record)
+    main = next(iter(stacks)) if len(stacks) == 1 else feeds(stacks, record, unembedding_path)
+    embedding_path = embedding(model, modules, stacks, main, calls)
     return Anatomy(
         stacks=stacks,
         main=main,
@@ -97,10 +104,6 @@ def _find(model: nn.Module, inputs: Any) -> Anatomy:
         unembedding_path=unembedding_path,
         modules={p: m for p, m in modules.items() if p},
     )
-
-
-def _within(path: str, parent: str) -> bool:
-    return path.startswith(f"{parent}.")
 
 
 def _forward(
@@ -125,8 +128,8 @@ def _forward(
         return record, tensors
     listed = "\n  ".join(failures) or "nothing that it accepts could be guessed"
     raise EditError(
-        f"No forward pass of {type(model).__name__} worked, so its parts cannot be watched. Tried:\n  {listed}\n"
-        "Give an example of what it takes: anatomy(model, inputs={...})."
+        f"No forward pass of {type(model).__name__} worked, so its parts cannot be watched. Tried:\n"
+        f"  {listed}\nGive an example of what it takes: anatomy(model, inputs={...})."
     )
 
 
@@ -165,8 +168,9 @@ def _nothing(
         lines.append(f"{path or '(the model itself)'}: {len(items)} x {kinds}, {shapes}")
     listed = "\n  ".join(lines[:20]) or "(none)"
     return (
-        f"No residual blocks found in {type(model).__name__}: a list of modules that each turn states (batch, tokens, width) into "
-        f"states of the same shape, with at least two projections. Lists of modules seen:\n  {listed}\n{HOW_TO_NAME}"
+        f"No residual blocks found in {type(model).__name__}: a list of modules that each turn states "
+        "(batch, tokens, width) into states of the same shape, with at least two projections. "
+        f"Lists of modules seen:\n  {listed}\n{HOW_TO_NAME}"
     )
 
 
@@ -196,7 +200,7 @@ def _stack(
     ids: list[Tensor],
 ) -> Stack:
     ran = [p for p in items if p in calls]
-    width = _state(calls[ran[0]][0]).shape[-1]
+    width = output_of(calls[ran[0]][0]).shape[-1]
     kinds: dict[tuple[object, ...], Findings] = {}
     blocks = []
     for index, (block_path, module) in enumerate(items.items()):
@@ -204,19 +208,11 @@ def _stack(
         if kind not in kinds:
             source = block_path if block_path in record.arguments else ran[0]
             kinds[kind] = _probed(block_path, module, *record.arguments[source])
-        blocks.append(_block(model, index, block_path, module, width, kinds[kind]))
-    final = _final_norm(path, calls[ran[-1]][-1], record)
-    first = next(i for i, call in enumerate(record.calls) if call.path == ran[0])
-    tables = [
-        call
-        for call in record.calls[:first]
-        if call.input is not None
-        and any(call.input.shape == t.shape and torch.equal(call.input, t.to(call.input)) for t in ids)
-        and call.output is not None
-        and call.output.is_floating_point()
-        and not any(_within(other.path, call.path) for other in record.calls[:first])
-    ]
-    state = _state(calls[ran[0]][0])
+        times = len(calls.get(block_path, ()))
+        blocks.append(_block(model, index, block_path, module, width, kinds[kind], times))
+    final = final_norm(path, calls[ran[-1]][-1], record)
+    table = token_table(model, record, calls[ran[0]][0], ids)
+    state = output_of(calls[ran[0]][0])
     count = rows(state).shape[0]
     return Stack(
         name=name,
@@ -227,15 +223,9 @@ def _stack(
         token_axis=next((i for i, size in enumerate(state.shape[:-1]) if size == count), 1),
         final_norm=final.module if final else None,
         final_norm_path=final.path if final else None,
-        embedding=tables[-1].module if tables else None,
-        embedding_path=tables[-1].path if tables else None,
+        embedding=table.module if table else None,
+        embedding_path=table.path if table else None,
     )
-
-
-def _state(call: Call) -> Tensor:
-    if call.output is None:
-        raise EditError(f"{call.path} returns no tensor.")
-    return call.output
 
 
 def _probed(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Findings:
@@ -249,7 +239,9 @@ def _probed(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return Findings(None, None, None, None, {}, (), False, why)
 
 
-def _block(model: nn.Module, index: int, path: str, module: nn.Module, width: int, found: Findings) -> Block:
+def _block(
+    model: nn.Module, index: int, path: str, module: nn.Module, width: int, found: Findings, calls: int
+) -> Block:
     why = dict(found.why)
 
     def place(inner: str | None, side: str, gain: float = 1.0) -> Location | None:
@@ -261,13 +253,17 @@ def _block(model: nn.Module, index: int, path: str, module: nn.Module, width: in
             return Location(f"{path}.{inner}", target, "input", size, order=index)
         return Location(f"{path}.{inner}", target, "output", size, order=index, gain=gain)
 
+    def added(addend: Addend | None) -> Location | None:
+        return None if addend is None else place(addend.path, "output", addend.gain)
+
     heads = place(found.attention_projection, "input")
     count = None
     if heads is not None and found.attention_projection is not None:
         count = count_heads(model, module, found.attention_projection, heads.width)
         if count is None:
             why["heads"] = (
-                f"neither the attention module nor a configuration says how many heads share {heads.path}:input ({heads.width} features)"
+                "neither the attention module nor a configuration says how many heads share "
+                f"{heads.path}:input ({heads.width} features)"
             )
             heads = None
     return Block(
@@ -275,101 +271,12 @@ def _block(model: nn.Module, index: int, path: str, module: nn.Module, width: in
         path=path,
         module=module,
         width=width,
-        attention_out=place(
-            found.attention and found.attention.path,
-            "output",
-            found.attention.gain if found.attention else 1.0,
-        ),
+        calls=calls,
+        attention_out=added(found.attention),
         heads=heads,
         mlp_hidden=place(found.mlp_projection, "input"),
-        mlp_out=place(found.mlp and found.mlp.path, "output", found.mlp.gain if found.mlp else 1.0),
+        mlp_out=added(found.mlp),
         num_heads=count,
         head_dim=None if heads is None or count is None else heads.width // count,
         why=why,
     )
-
-
-def _final_norm(path: str, last: Call, record: Recording) -> Call | None:
-    """Return the call of the norm whose input rows are rows of the last block's output."""
-    states = rows(_state(last))
-    for call in record.calls[record.calls.index(last) + 1 :]:
-        if (
-            call.input is None
-            or call.output is None
-            or call.input.shape != call.output.shape
-            or _within(call.path, path)
-        ):
-            continue
-        if call.input.shape[-1] != states.shape[-1] or not call.input.is_floating_point():
-            continue
-        entered = rows(call.input)[:8]
-        consumed = all(bool((states == row.to(states)).all(-1).any()) for row in entered)
-        if consumed and is_norm(call.module, states.shape[-1], call.input):
-            return call
-    return None
-
-
-def _path_of(modules: Mapping[str, nn.Module], wanted: object) -> str | None:
-    return next((path for path, module in modules.items() if path and module is wanted), None)
-
-
-def _asked(model: nn.Module, method: str) -> object:
-    ask = getattr(model, method, None)
-    if not callable(ask):
-        return None
-    try:
-        return ask()
-    except (NotImplementedError, AttributeError):
-        return None
-
-
-def _embedding(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    stacks: Mapping[str, Stack],
-    main: str | None,
-    calls: Mapping[str, list[Call]],
-) -> str | None:
-    asked = _path_of(modules, _asked(model, "get_input_embeddings"))
-    if main is not None and stacks[main].embedding_path is not None:
-        return stacks[main].embedding_path
-    if asked is not None:
-        return asked
-    return next((s.embedding_path for s in stacks.values() if s.embedding_path is not None), None)
-
-
-def _unembedding(
-    model: nn.Module, modules: Mapping[str, nn.Module], stacks: Mapping[str, Stack], record: Recording
-) -> str | None:
-    asked = _path_of(modules, _asked(model, "get_output_embeddings"))
-    if asked is not None:
-        return asked
-    sizes = {
-        int(s.embedding.weight.shape[0]) for s in stacks.values() if isinstance(s.embedding, nn.Embedding)
-    }
-    hidden = adapted(modules)
-    for call in reversed(record.calls):
-        if (
-            call.path not in hidden
-            and is_projection(call.module)
-            and call.output is not None
-            and call.output.shape[-1] in sizes
-        ):
-            return call.path
-    return None
-
-
-def _feeds(stacks: Mapping[str, Stack], record: Recording, unembedding: str | None) -> str | None:
-    """Return the stack that ran last before the unembedding."""
-    if unembedding is None:
-        return None
-    order = [call.path for call in record.calls]
-    if unembedding not in order:
-        return None
-    end = order.index(unembedding)
-    last = {
-        name: max((i for i, path in enumerate(order[:end]) if path == stack.blocks[-1].path), default=-1)
-        for name, stack in stacks.items()
-    }
-    best = max(last, key=lambda name: last[name])
-    return best if last[best] >= 0 else None

@@ -21,7 +21,7 @@ COUNT = "num_attention_heads"
 
 
 def _sources(model: nn.Module, block: nn.Module, path: str) -> Iterator[Any]:
-    """Yield objects that may know the number of heads: modules around the projection from near to far, then their configurations."""
+    """Yield what may know the number of heads: modules, near to far, and configurations."""
     around = path.split(".")[:-1]
     near = [block.get_submodule(".".join(around[:depth])) for depth in range(len(around), -1, -1)]
     groups = [list(module.modules()) for module in near]
@@ -36,7 +36,10 @@ def _sources(model: nn.Module, block: nn.Module, path: str) -> Iterator[Any]:
 
 
 def count_heads(model: nn.Module, block: nn.Module, path: str, width: int) -> int | None:
-    """Return the number of (query) heads that divides `width`, as the attention module or a configuration near it says, or None."""
+    """Return the number of (query) heads, as the attention module or a configuration near it says, or None.
+
+    A number that does not divide `width`, the size of the heads together, is not believed.
+    """
     for source in _sources(model, block, path):
         for name in NAMES:
             value = getattr(source, name, None)

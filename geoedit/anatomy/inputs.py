@@ -16,7 +16,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def given(inputs: Any) -> Inputs:
-    """Turn a user's example inputs (tensor, tuple of positional ones, or mapping of keyword ones) into call arguments."""
+    """Turn a user's example inputs (tensor, tuple, or mapping of keywords) into call arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
@@ -41,7 +41,7 @@ def _innermost(model: nn.Module) -> nn.Module:
 
 def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return the device that inputs should be on and the model's floating-point type."""
-    tensors = list(model.parameters()) or list(model.buffers())
+    tensors = [*model.parameters(), *model.buffers()]
     real = next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     return real, dtype
@@ -76,14 +76,22 @@ def _number(config: Any, *names: str, default: int | None = None) -> int | None:
     return default
 
 
-def _pixels(model: nn.Module, config: Any) -> Tensor | None:
+def _pixels(model: nn.Module, config: Any) -> Tensor:
     size: Any = None
-    for part in (config, getattr(config, "vision_config", None)):
-        size = size or getattr(part, "image_size", None)
-    if size is None:
-        return None
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "encoder", None)):
+        size = size or getattr(part, "image_size", None) or 0
+    size = size or 32
     height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
     return _noise(model, 1, _number(config, "num_channels", "in_channels", default=3) or 3, height, width)
+
+
+def _image_tokens(model: nn.Module, config: Any) -> Tensor | None:
+    """Return as many image tokens as an image has patches, for models that put patches in their place."""
+    token, patch = _number(config, "image_token_id", "image_token_index"), _number(config, "patch_size")
+    if token is None or not patch:
+        return None
+    height, width = _pixels(model, config).shape[-2:]
+    return torch.full((1, (height // patch) * (width // patch)), token, device=home(model)[0])
 
 
 def _from_config(
@@ -92,8 +100,8 @@ def _from_config(
     parts: dict[str, Tensor] = {}
     if "input_ids" in parameters:
         parts["input_ids"] = _ids(model, config)
-    if "pixel_values" in parameters and (pixels := _pixels(model, config)) is not None:
-        parts["pixel_values"] = pixels
+    if "pixel_values" in parameters:
+        parts["pixel_values"] = _pixels(model, config)
     mels, frames = _number(config, "num_mel_bins"), _number(config, "max_source_positions")
     if "input_features" in parameters and mels and frames:
         parts["input_features"] = _noise(model, 1, mels, 2 * frames)
@@ -111,6 +119,9 @@ def _from_config(
         choices.append([main])
     choices += [[name] for name in parts]
     tries: list[tuple[str, Inputs]] = []
+    if {"input_ids", "pixel_values"} <= set(parts) and (image := _image_tokens(model, config)) is not None:
+        ids = torch.cat([image, parts["input_ids"]], 1)
+        tries.append(("input_ids with image tokens, pixel_values", ((), parts | {"input_ids": ids} | extra)))
     for names in choices:
         for more in (extra, bare):
             chosen: dict[str, Any] = {name: parts[name] for name in names} | more
@@ -129,11 +140,11 @@ def _from_tensors(model: nn.Module, parameters: Mapping[str, inspect.Parameter])
         ids = order[torch.arange(TOKENS) % largest][None].to(home(model)[0])
         tries.append((f"{name}: token ids (1, {TOKENS})", ((ids,), {})))
     norms = [
-        m.weight.shape[-1]
+        int(weight.shape[-1])
         for m in model.modules()
-        if getattr(m, "weight", None) is not None and m.weight.ndim == 1
+        if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.ndim == 1
     ]
-    linears = [m.in_features for m in model.modules() if isinstance(m, nn.Linear)]
+    linears = [int(m.in_features) for m in model.modules() if isinstance(m, nn.Linear)]
     for width in dict.fromkeys([*linears[:1], *norms[:1]]):
         tries.append((f"{name}: states (1, {TOKENS}, {width})", ((_noise(model, 1, TOKENS, width),), {})))
     return tries

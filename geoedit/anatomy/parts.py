@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from geoedit.site import Site
 
 STREAMS = ("residual_in", "attention_out", "heads", "mlp_hidden", "mlp_out", "residual_out", "embedding")
-HOW_TO_NAME = 'To reach any other place name a module: Site(module="path") for its output, Site(module="path:input") for its input.'
+HOW_TO_NAME = (
+    'To reach any other place name a module: Site(module="path") for its output, Site(module="path:input") '
+    "for its input."
+)
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a state is read or written: the first tensor argument ("input") or the first output tensor ("output") of a module.
+    """Where a state is read or written: the first tensor that goes into a module, or that comes out.
 
-    `width` is the size of the state (0: not known for a module path that was not watched), `features` one head's slice of the last axis, `order` rough execution order (the block's index; -1 before
-    all blocks). The residual stream receives `gain` times the value at an attention_out or mlp_out (1 in most models).
+    `width` is the size of the state, a head's for one head (0: not known, for a module named by its path),
+    `features` one head's slice of that axis, `order` rough execution order (the block's index; -1 before
+    all blocks). The residual stream receives `gain` times the value at an attention_out or mlp_out (1 in
+    most models). A few models flatten (batch, tokens, width) to (batch * tokens, width) around their MLP; a
+    hook has to expect that.
     """
 
     path: str
@@ -41,7 +47,10 @@ class Location:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One residual block; a stream that it does not have is None, and `why` says why."""
+    """One residual block; a stream that it does not have is None, and `why` says why.
+
+    `calls` is how often one forward pass runs it (more than once where layers share their weights).
+    """
 
     index: int
     path: str
@@ -51,6 +60,7 @@ class Block:
     heads: Location | None = None
     mlp_hidden: Location | None = None
     mlp_out: Location | None = None
+    calls: int = 1
     num_heads: int | None = None
     head_dim: int | None = None
     why: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +86,7 @@ class Block:
         return ("residual_in", *inner, "residual_out")
 
     def location(self, stream: str, head: int | None = None) -> Location:
-        """Return the location of `stream`, or of one head; raises EditError with the reason where there is none."""
+        """Return the location of `stream`, or of one head; EditError with the reason if there is none."""
         if stream not in STREAMS or stream == "embedding":
             raise EditError(
                 f"No stream {stream!r} in a block; streams are {', '.join(STREAMS[:-1])}. {HOW_TO_NAME}"
@@ -96,7 +106,7 @@ class Block:
             )
         if not -self.num_heads <= head < self.num_heads:
             raise EditError(
-                f"No head {head} in block {self.index}: it has {self.num_heads} heads, 0 to {self.num_heads - 1}."
+                f"No head {head} in block {self.index}: it has {self.num_heads}, 0 to {self.num_heads - 1}."
             )
         start = (head % self.num_heads) * self.head_dim
         return Location(
@@ -150,7 +160,7 @@ class Anatomy:
         return self.stacks[chosen]
 
     def locate(self, site: Site) -> Location:
-        """Return where a hook for `site` goes; raises EditError that names what does exist if the site does not."""
+        """Return where a hook for `site` goes; EditError that names what exists if the site does not."""
         if site.module is not None:
             return self._named(site.module)
         if site.stream == "embedding":
@@ -159,16 +169,17 @@ class Anatomy:
         count = len(stack.blocks)
         if site.block is None:
             raise EditError(
-                f"A site of stream {site.stream!r} needs a block: 0 to {count - 1} (or negative, from the end)."
+                f"A site of stream {site.stream!r} needs a block: 0 to {count - 1} (negative: from the end)."
             )
         if not -count <= site.block < count:
             raise EditError(
-                f"No block {site.block}: stack {stack.name!r} ({stack.path}) has {count}, 0 to {count - 1} (or -{count} to -1). {HOW_TO_NAME}"
+                f"No block {site.block}: stack {stack.name!r} ({stack.path}) has {count}, 0 to {count - 1} "
+                f"(or -{count} to -1). {HOW_TO_NAME}"
             )
         return stack.blocks[site.block].location(site.stream, site.head)
 
     def sites(self, streams: Sequence[str] = ("residual_out",), token: str | int = "last") -> list[Site]:
-        """Return a Site for each block of each stack and each of `streams` that exists there, in execution order."""
+        """Return a Site for each stack, each block and each of `streams` that exists there, in this order."""
         from geoedit.site import Site
 
         unknown = [name for name in streams if name not in STREAMS]
@@ -202,7 +213,7 @@ class Anatomy:
         name, _, side = path.partition(":")
         if side not in ("", "input", "output"):
             raise EditError(
-                f"Module path {path!r} ends in {side!r}; write 'path' or 'path:output' for the output, 'path:input' for the input."
+                f"Module path {path!r} ends in {side!r}; write 'path' for output, 'path:input' for input."
             )
         if name not in self.modules:
             close = difflib.get_close_matches(name, self.modules, n=3, cutoff=0.5)
@@ -227,7 +238,8 @@ class Anatomy:
             kind = "causal" if stack.causal else "bidirectional"
             star = " (main)" if stack.name == self.main else ""
             lines.append(
-                f"stack {stack.name!r}{star}: {len(stack.blocks)} blocks at {stack.path}, width {stack.width}, {kind}"
+                f"stack {stack.name!r}{star}: {len(stack.blocks)} blocks at {stack.path}, "
+                f"width {stack.width}, {kind}"
             )
             for group in _alike(stack.blocks):
                 first, last = group[0], group[-1]
@@ -238,9 +250,10 @@ class Anatomy:
                     if place is None:
                         lines.append(f"    {stream:<14}- {first.why.get(stream, '')}")
                     else:
-                        note = (
-                            f"{first.num_heads} x {first.head_dim}" if stream == "heads" else f"{place.width}"
-                        )
+                        note = f"{place.width}"
+                        if stream == "heads":
+                            note = f"{first.num_heads} x {first.head_dim}"
+                        note += "" if abs(place.gain - 1) < 0.01 else f", added times {place.gain:.4g}"
                         lines.append(f"    {stream:<14}{str(place)[len(first.path) + 1 :]}  ({note})")
             lines.append(f"  final norm  {stack.final_norm_path or '-'}")
         lines.append(f"unembedding  {self.unembedding_path or '-'}")

@@ -1,4 +1,4 @@
-"""What one residual block adds to its stream, found by touching tensors while it runs and seeing what moves."""
+"""What a residual block adds to its stream, found by touching tensors while it runs and seeing what moves."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from geoedit.anatomy.trace import (
     replace_input,
 )
 
+INNER = ("attention_out", "heads", "mlp_hidden", "mlp_out")
+
 
 @dataclass(frozen=True)
 class Addend:
-    """A tensor that the block adds to the residual stream: the output of the module at `path` (relative to the block), times `gain`."""
+    """What the block adds to the stream: the output of the module at `path`, times `gain`."""
 
     path: str
     gain: float
@@ -59,23 +61,24 @@ def same_values(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Say whether a module is a matrix of weights (dense, transposed, quantised, or wrapped by an adapter)."""
+    """Say whether a module is a matrix of weights (dense, transposed, quantised, or with an adapter)."""
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         return not isinstance(module.base_layer, nn.Embedding)
     if isinstance(module, nn.Embedding):
         return False
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(t.ndim == 2 for t in own) and not any(True for _ in module.children())
+    sizes = {t.ndim for t in own}
+    return 2 in sizes and max(sizes) == 2 and not any(True for _ in module.children())
 
 
 def adapted(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Return the paths inside modules that wrap another one (adapters): their inner outputs are only part of the result."""
+    """Return the paths inside modules that wrap another one (adapters)."""
     wrappers = [p for p, m in modules.items() if p and isinstance(getattr(m, "base_layer", None), nn.Module)]
     return {p for p in modules for w in wrappers if p.startswith(f"{w}.")}
 
 
 def is_norm(module: nn.Module, width: int, like: Tensor) -> bool:
-    """Say whether a module normalises: its output must not change when its input is made three times as large."""
+    """Say whether a module normalises: an input three times as large gives the same output."""
     if any(
         is_projection(m) or isinstance(m, (nn.Embedding, nn.modules.conv._ConvNd)) for m in module.modules()
     ):
@@ -125,7 +128,7 @@ class BlockProbe:
     def run(
         self, touch: Tensor | None = None, clamp: frozenset[str] = frozenset(), shift: str | None = None
     ) -> tuple[Tensor, Recording]:
-        """Run the block with `touch` added to its input, outputs in `clamp` held at their first values, noise added to `shift`'s."""
+        """Run the block with `touch` added to its input, outputs in `clamp` held, noise on `shift`'s."""
 
         def change(path: str, turn: int, output: Tensor) -> Tensor | None:
             if path in clamp and turn == 0:
@@ -161,12 +164,16 @@ class BlockProbe:
             return None
         a, b = moved.reshape(-1).double(), by.reshape(-1).double()
         c = float((a @ b) / (b @ b)) if bool(b.any()) else 0.0
+        c = 1.0 if abs(c - 1) < self.proportional else c
         if abs(c) < 1e-3 or float((a - c * b).norm()) > self.proportional * float(a.norm()):
             return None
         return c
 
     def gain(self, path: str, clamp: frozenset[str]) -> float | None:
-        """Return how much of a change of this output reaches a sum (the block's output or a norm's input), None where it is not just added."""
+        """Return how much of a change of this output reaches a sum: the block's output, or a norm's input.
+
+        None where it reaches none unchanged but for a factor, so that it is not what is added.
+        """
         output, record = self.run(clamp=clamp, shift=path)
         by = self.noise
         c = self.ratio(output.float() - self.output.float(), by)
@@ -183,9 +190,14 @@ class BlockProbe:
                 return c
         return None
 
-    def movement(self, clamp: frozenset[str]) -> dict[str, tuple[float, float, bool]]:
-        """Touch every second row of the input: fractions of rows moved in each module's input and output, and whether its output is the stream itself."""
-        _, record = self.run(touch=self.touched, clamp=clamp)
+    def movement(self, clamp: frozenset[str]) -> tuple[dict[str, tuple[float, float, bool]], bool]:
+        """Touch every second row of the input and see what moves.
+
+        Returns, for each module, the fractions of rows moved in its input and its output and whether its
+        output is the stream itself (or the norm of it); and whether the block's output is, so that no addend
+        is left to be found.
+        """
+        result_state, record = self.run(touch=self.touched, clamp=clamp)
         streams = [self.touched.float()]
         result: dict[str, tuple[float, float, bool]] = {}
         for before, after in zip(self.base.calls, record.calls, strict=True):
@@ -206,29 +218,45 @@ class BlockProbe:
                         streams.append(change)
                         is_stream = True
             result.setdefault(before.path, (went_in, came_out, is_stream))
-        return result
+        moved = result_state.float() - self.output.float()
+        return result, any(self.ratio(moved, stream) is not None for stream in streams)
 
     def candidates(self) -> list[str]:
-        """Return modules called once whose output has the shape of the residual stream, in the order in which they end."""
+        """Return modules called once whose output has the stream's rows and width, in order of ending."""
         hidden = adapted(self.modules)
+        size = rows(self.state).shape
+        normed = [c.output for c in self.base.calls if c.path in self.norms and not self._whole(c.input)]
         return [
             call.path
             for call in self.base.calls
             if call.output is not None
-            and call.output.shape == self.state.shape
             and call.output.is_floating_point()
+            and call.output.ndim >= 2
+            and rows(call.output).shape == size
             and len(self.calls[call.path]) == 1
             and call.path not in hidden
             and not same_values(call.output, self.output)
+            and not any(same_values(call.output, state) for state in normed)
         ]
+
+    def _whole(self, tensor: Tensor | None) -> bool:
+        """Say whether a tensor is some module's output (the norm of a sum with the stream adds nothing)."""
+        return any(same_values(call.output, tensor) for call in self.base.calls)
 
     def addends(self) -> list[Addend]:
         """Find, one after the other, the outputs that the block adds to the stream."""
         found: dict[str, float] = {}
         order = self.candidates()
-        for _ in range(2):
-            moved = self.movement(frozenset(found))
-            for path in order:
+        shaped = [path for path in order if self._output(path).shape == self.state.shape]
+        for tries in (
+            shaped,
+            shaped,
+            order,
+        ):  # again, now that later addends can be held; then (batch * tokens, width)
+            moved, explained = self.movement(frozenset(found))
+            if explained:
+                break
+            for path in tries:
                 went_in, came_out, is_stream = moved[path]
                 changes = came_out or (path in self.projections and went_in)
                 if path in found or not changes or is_stream:
@@ -240,16 +268,18 @@ class BlockProbe:
                 path, gain = scaled or (path, gain)
                 found = {p: g for p, g in found.items() if not p.startswith(f"{path}.")}
                 found[path] = gain
-                moved = self.movement(frozenset(found))
-            output, _ = self.run(touch=self.touched, clamp=frozenset(found))
-            if self.ratio(output.float() - self.output.float(), self.touched.float()) is not None:
-                break
+                moved, _ = self.movement(frozenset(found))
         before: frozenset[str] = frozenset()
         result = []
         for path in sorted(found, key=order.index):
-            went_in, came_out, _ = self.movement(before)[path]
+            moved, _ = self.movement(before)
+            went_in, came_out, _ = moved[path]
             share = went_in if path in self.projections else came_out
-            result.append(Addend(path, found[path], share > self._touched_share()))
+            parts = path.split(".")
+            around = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+            entered = [moved[p][0] for p in around if p in moved]
+            own = not entered or min(entered) <= self._touched_share()  # else the mixing came with the input
+            result.append(Addend(path, found[path], share > self._touched_share() and own))
             before = before | {path}
         return result
 
@@ -258,7 +288,7 @@ class BlockProbe:
         return ((count + 1) // 2) / count + 1e-6
 
     def _scaled_by(self, path: str, clamp: frozenset[str]) -> tuple[str, float] | None:
-        """Follow an addend through a module that only scales it feature by feature (LayerScale): what is added is its output."""
+        """Follow an addend into a module that scales its features (LayerScale) before it is added."""
         own = self._output(path)
         for call in self.base.calls:
             weights = list(call.module.parameters())
@@ -292,31 +322,34 @@ class BlockProbe:
         return matching[-1] if matching else None
 
     def causal(self) -> bool:
-        """Say whether touching the last row leaves the first as it was."""
-        touch = torch.zeros_like(rows(self.noise))
-        touch[-1] = rows(self.noise)[-1]
+        """Say whether touching the second half of the rows leaves the first as it was."""
+        half = rows(self.noise).shape[0] // 2
+        touch = rows(self.noise).clone()
+        touch[:half] = 0
         output, _ = self.run(touch=touch.reshape(self.state.shape))
         change = rows((output.float() - self.output.float()).abs()).amax(-1)
-        return bool(change[0] <= self.small * self.output.float().abs().max())
+        return bool(change[:half].max() <= self.small * self.output.float().abs().max())
 
 
 def probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Findings:
-    """Find what `block`, called with these arguments, adds to the residual stream, and through which projections."""
+    """Find what `block` adds to its residual stream, and by which projections."""
     p = BlockProbe(block, args, kwargs)
+    if p.state.ndim > 3:
+        reason = f"its stream has shape {tuple(p.state.shape)}, where (batch, tokens, width) was expected"
+        return Findings(None, None, None, None, {}, (), p.causal(), dict.fromkeys(INNER, reason))
     addends = p.addends()
     why: dict[str, str] = {}
-    attention = next((a for a in addends if a.mixes), None)
+    mixers = {a: _convolution(block, a.path, [b.path for b in addends]) for a in addends if a.mixes}
+    attention = next((a for a, convolution in mixers.items() if convolution is None), None)
     mlp = next((a for a in reversed(addends) if not a.mixes), None)
     attention_projection = mlp_projection = None
-    if attention is not None and (
-        convolution := _convolution(block, attention.path, [a.path for a in addends])
-    ):
+    if attention is None and mixers:
+        mixer, convolution = next(iter(mixers.items()))
         reason = (
-            f"tokens are mixed by a convolution or state space ({convolution}), not by attention; "
-            f"the mixer's output is {attention.path!r} inside the block"
+            f"tokens are mixed by a convolution or state space ({convolution}), not by attention alone; "
+            f"the mixer's output is {mixer.path!r} inside the block"
         )
         why |= {"attention_out": reason, "heads": reason}
-        attention = None
     if attention is not None:
         attention_projection = p.source(attention.path)
         if attention_projection is None:
@@ -326,7 +359,7 @@ def probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fi
     else:
         for stream in ("attention_out", "heads"):
             why.setdefault(
-                stream, "nothing in the block mixes tokens and is then added to the residual stream"
+                stream, "no module was seen whose output mixes tokens and is added to the residual stream"
             )
     if mlp is not None:
         mlp_projection = p.source(mlp.path)
@@ -338,7 +371,7 @@ def probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fi
     else:
         for stream in ("mlp_hidden", "mlp_out"):
             why[stream] = (
-                "nothing that acts on each token alone is added to the residual stream in this block"
+                "no module was seen whose output is added to the residual stream without mixing tokens"
             )
     widths = {
         path: (_last(calls[0].input), _last(calls[0].output))

@@ -1,4 +1,4 @@
-"""Watching a module run: which tensor goes in, which comes out, in which order, and putting another in its place."""
+"""Watching modules run: which tensors go in and come out, in which order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREFERRED_ARGUMENTS = ("hidden_states", "input", "x", "src", "hidden_state", "in
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Return the value itself, or the first tensor of a tuple, list, mapping or ModelOutput (None if there is none)."""
+    """Return the value itself, or the first tensor of a tuple, list, mapping or ModelOutput, or None."""
     if isinstance(value, Tensor):
         return value
     items: Any = (
@@ -51,7 +51,7 @@ def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None
 
 
 def input_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first tensor argument of a call: positional first, then the usual keyword names, then any keyword."""
+    """Return a call's first tensor argument: positional, else by the usual keywords, else by any keyword."""
     place = _place(args, kwargs)
     if place is None:
         return None
@@ -62,17 +62,16 @@ def input_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
 def replace_input(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with the tensor that `input_tensor` finds replaced by `new`."""
+    """Return a call's arguments with the tensor that `input_tensor` finds replaced by `new`, everywhere."""
     place = _place(args, kwargs)
-    if isinstance(place, int):
-        return (*args[:place], new, *args[place + 1 :]), dict(kwargs)
     if place is None:
         return args, dict(kwargs)
-    return args, {**kwargs, place: new}
+    old = args[place] if isinstance(place, int) else kwargs[place]
+    return tuple(new if a is old else a for a in args), {k: new if v is old else v for k, v in kwargs.items()}
 
 
 def own_arguments(value: Any) -> Any:
-    """Copy what a second run of the same call could find changed: key-value caches and their like (tensors stay as they are)."""
+    """Copy what a second run of a call could find changed: key-value caches and the like; tensors stay."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(own_arguments(item) for item in value)
     if isinstance(value, dict):
@@ -84,7 +83,7 @@ def own_arguments(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module inside a forward pass: its path, and copies of its first input and first output tensors."""
+    """One call of a module in a forward pass: its path, and copies of its first input and output tensors."""
 
     path: str
     module: nn.Module
@@ -121,7 +120,7 @@ def recording(
     keep_arguments: frozenset[str] = frozenset(),
     change: Callable[[str, int, Tensor], Tensor | None] | None = None,
 ) -> Iterator[Recording]:
-    """Record the calls of `modules` (path to module) made inside the `with`; `change(path, turn, output)` may put another output in place.
+    """Record calls of `modules` inside the `with`; `change(path, turn, output)` may give another output.
 
     Hooks come off again whatever happens inside.
     """
@@ -161,7 +160,7 @@ def recording(
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients, and leave training flags and random number generators as they were."""
+    """Run in eval mode without gradients; leave training flags and random number generators as they were."""
     flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     try:
