@@ -291,7 +291,7 @@ class _Glue:
 
 @pytest.mark.parametrize("build", [byte_tokenizer, metaspace_tokenizer])
 @pytest.mark.parametrize("name", ["months", "countries"])
-def test_value_ids_spell_the_value_under_both_kinds_of_space(build, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_value_ids_spell_the_value_under_both_kinds_of_space(build, name: str) -> None:
     texts = [prompt.text for prompt in concept(name).prompts()]
     tokenizer = build(texts)
     for prompt in concept(name).prompts():
