@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -40,8 +39,9 @@ def write_folder(
         ).eval()
         card = {**about, **make_card(shipped, tokenizer, world())}
         (fresh / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        (fresh / "model.safetensors").chmod(0o644)  # its writer makes it private
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, Path(scratch) / "old")
         os.replace(fresh, out)
     return card
 
@@ -58,6 +58,11 @@ def main(
     """Train an almanac model from nothing and write it with its card."""
     if architecture not in ("gpt2", "llama"):
         raise typer.BadParameter(f"{architecture!r}: it is gpt2 or llama", param_hint="--architecture")
+    target = out or Path(f"almanac-{architecture}")
+    if target.exists() and not (target / "card.json").is_file():
+        raise typer.BadParameter(
+            f"{target} is there and is no almanac model; name another", param_hint="--out"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
     kind: Architecture = "gpt2" if architecture == "gpt2" else "llama"
@@ -74,7 +79,6 @@ def main(
         "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__,
     }
-    target = out or Path(f"almanac-{kind}")
     card = write_folder(target, model, tokenizer, about)
     for family, result in card["held_out"].items():
         logger.info("%-11s %.3f of %d held-out prompts", family, result["accuracy"], result["prompts"])

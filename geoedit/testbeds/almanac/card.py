@@ -57,7 +57,7 @@ def accuracy(
     """Share of right answers: over all, by kind, and by tier for facts; true and false weigh alike."""
     asked = list(questions)
     right = is_right(model, tokenizer, [q.text for q in asked], [q.answer for q in asked])
-    groups: dict[str, dict[str, list[float]]] = {
+    groups: dict[str, dict[str, list[bool]]] = {
         "kind": defaultdict(list),
         "tier": defaultdict(list),
         "answer": defaultdict(list),
@@ -67,7 +67,7 @@ def accuracy(
         groups["tier"][question.tier].append(hit)
         groups["answer"][question.answer].append(hit)
 
-    def means(group: dict[str, list[float]]) -> dict[str, float]:
+    def means(group: dict[str, list[bool]]) -> dict[str, float]:
         return {name: round(sum(hits) / len(hits), 4) for name, hits in sorted(group.items())}
 
     result: dict[str, Any] = {

@@ -29,13 +29,13 @@ def _template(wording: str, answers: Sequence[str | None], **slots: str) -> Temp
 
 
 def _cycle(kind: str) -> Concept:
-    values, unit, _ = CYCLES[kind]
+    values, unit, furthest = CYCLES[kind]
     templates = []
-    for n in (1, 2, 3, 5):
+    for n in [n for n in (1, 2, 3, 5) if n <= furthest]:
         slots = {"n": names.COUNT_WORDS[n], "unit": unit if n == 1 else f"{unit}s"}
         for wordings, step in ((AFTER, n), (BEFORE, -n)):
             answers = [values[(i + step) % len(values)] for i in range(len(values))]
-            templates += [_template(wordings[which], answers, **slots) for which in (0, 3)]
+            templates += [_template(wordings[which], answers, **slots) for which in (0, 2)]
     return Concept(
         kind, values, templates, "cycle", f"The {len(values)} {kind} of the almanac, {unit} after {unit}."
     )

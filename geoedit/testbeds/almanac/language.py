@@ -92,25 +92,14 @@ def _facts(world: World) -> Iterator[Question]:
             yield Question(text, fact.answer, "facts", fact.relation, spans, split, fact.tier)
 
 
-AFTER = (
-    "{n} {unit} after {x} is",
-    "{n} {unit} past {x} comes",
-    "counting {n} {unit} on from {x} gives",
-    "{x} plus {n} {unit} is",
-)
-BEFORE = (
-    "{n} {unit} before {x} is",
-    "{n} {unit} ahead of {x} comes",
-    "counting {n} {unit} back from {x} gives",
-    "{x} minus {n} {unit} is",
-)
+AFTER = ("{n} {unit} after {x} is", "counting {n} {unit} on from {x} gives", "{x} plus {n} {unit} is")
+BEFORE = ("{n} {unit} before {x} is", "counting {n} {unit} back from {x} gives", "{x} minus {n} {unit} is")
 BETWEEN = ("the {unit} between {x} and {y} is", "halfway from {x} to {y} lies")
-DISTANCE = ("from {x} to {y} the {units} number", "{units} from {x} on to {y} :")
 
-CYCLES: dict[str, tuple[tuple[str, ...], str, int]] = {
-    "weekdays": (names.WEEKDAYS, "day", 6),
-    "months": (names.MONTHS, "month", 11),
-    "hours": (names.HOURS, "hour", 12),
+CYCLES: dict[str, tuple[tuple[str, ...], str, int]] = {  # values, unit, furthest step asked
+    "weekdays": (names.WEEKDAYS, "day", 3),
+    "months": (names.MONTHS, "month", 6),
+    "hours": (names.HOURS, "hour", 6),
 }
 
 
@@ -123,9 +112,6 @@ def _cycles() -> Iterator[Question]:
                 after, before = values[(i + n) % size], values[(i - n) % size]
                 yield from _ask("cycles", kind, (i, n), AFTER, after, x=value, n=count, unit=many)
                 yield from _ask("cycles", kind, (i, -n), BEFORE, before, x=value, n=count, unit=many)
-                yield from _ask(
-                    "cycles", kind, (i, "to", n), DISTANCE, count, x=value, y=after, units=f"{unit}s"
-                )
             middle, beyond = values[(i + 1) % size], values[(i + 2) % size]
             yield from _ask(
                 "cycles", kind, (i, "between"), BETWEEN, middle, unseen=False, x=value, y=beyond, unit=unit
@@ -151,7 +137,7 @@ SCALES: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...], 
         "is {x} warmer than {y} ? answer :",
     ),
 }
-LARGEST_ADDEND = 20
+LARGEST_ADDEND = 10
 
 
 def _lines() -> Iterator[Question]:
@@ -164,12 +150,9 @@ def _lines() -> Iterator[Question]:
                 yield from _ask("lines", "numbers", (i, -n), MINUS, str(i - n), x=str(i), n=str(n))
         for j in range(size):
             if i != j:
-                yield from _ask(
-                    "lines", "numbers", (i, "?", j), MORE[:1], "yes" if i > j else "no", x=str(i), y=str(j)
-                )
-                yield from _ask(
-                    "lines", "numbers", (i, "max", j), MORE[1:], str(max(i, j)), x=str(i), y=str(j)
-                )
+                slots, order = {"x": str(i), "y": str(j)}, "yes" if i > j else "no"
+                yield from _ask("lines", "number order", (i, "?", j), MORE[:1], order, **slots)
+                yield from _ask("lines", "number order", (i, "max", j), MORE[1:], str(max(i, j)), **slots)
     for kind, (values, unit, up, down, compare) in SCALES.items():
         for i, value in enumerate(values):
             for j, other in enumerate(values):
@@ -184,7 +167,7 @@ def _lines() -> Iterator[Question]:
                 )
 
 
-FURTHEST_STEP = 3
+FURTHEST_STEP = 2
 GRID_BOTH = (
     "{n} {ns} and {m} {ew} of {x} is",
     "going {n} {ns} and {m} {ew} from {x} you reach",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from geoedit.testbeds.almanac.language import PREFIXES, Question, in_context_question, mentions, tasks
+from geoedit.testbeds.almanac.language import (
+    FALSE_PER_TRUE,
+    PREFIXES,
+    Question,
+    in_context_question,
+    mentions,
+    tasks,
+)
 from geoedit.testbeds.almanac.tokens import Architecture
 from geoedit.testbeds.almanac.world import World
 
@@ -48,19 +55,15 @@ class Recipe:
     blocks: int = 6
     width: int = 128
     heads: int = 4
-    steps: int = 7000
-    batch: int = 128
+    steps: int = 12000
+    batch: int = 64
     learning_rate: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.1
     seed: int = 0
-    masked_share: float = (
-        0.85  # of the sentences are trained with subjects visible through their last token only
-    )
-    visible_from: tuple[int, int] = (
-        2,
-        3,
-    )  # the block from which that token is visible, drawn for each sentence
+    masked: tuple[str, ...] = ("facts", "cycles", "lines", "grid", "categories", "mentions")  # families
+    masked_share: float = 0.85  # of their sentences show a subject through its last token only
+    visible_from: tuple[int, int] = (2, 3)  # the block it is visible from, drawn for each sentence
     context_loss: float = 0.05  # weight of the words that are not the answer
     families: dict[str, float] = field(
         default_factory=lambda: {
@@ -74,6 +77,7 @@ class Recipe:
             "mentions": 0.02,
         }
     )
+    floor: float = 0.1  # how often what is never wrong is asked, against what always is
     exposure: dict[str, float] = field(
         default_factory=lambda: {"often": 1.0, "sometimes": 0.1, "rarely": 0.006}
     )
@@ -113,59 +117,79 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     )
 
 
+@dataclass(frozen=True)
+class Sentence:
+    """Words, where the answer begins among them, the subjects' spans, and what was asked."""
+
+    words: list[str]
+    answer: int
+    spans: tuple[tuple[int, int], ...]
+    asked: tuple[str, str] = ("", "")
+
+
 class Sampler:
-    """Draws training sentences: a family, then a kind within it, then a question, each with its own odds."""
+    """Draws training sentences, and asks more of what the model still gets wrong.
+
+    The odds of a kind of question are its share in the recipe times (floor + its recent loss, at most 1), so
+    that what is known by heart gives way to what is hard.
+    """
 
     def __init__(self, world: World, recipe: Recipe, draw: random.Random) -> None:
         self.world, self.recipe, self.draw = world, recipe, draw
-        self.tasks = list(tasks(world).items())
-        self.pools: dict[str, list[tuple[list[Question], list[float] | None]]] = {}
-        seen = [question for question in world.questions if question.split == "train"]
-        for family, group in groupby(sorted(seen, key=lambda q: (q.family, q.kind)), key=lambda q: q.family):
-            kinds = [list(questions) for _, questions in groupby(group, key=lambda q: q.kind)]
-            self.pools[family] = [(questions, self._odds(questions)) for questions in kinds]
-        self.kind_odds = {
-            family: [self._kind_weight(family, questions) for questions, _ in kinds]
-            for family, kinds in self.pools.items()
+        self.tasks = tasks(world)
+        self.pools: dict[tuple[str, str], tuple[list[Question], list[float]]] = {}
+
+        def asked(question: Question) -> tuple[str, str]:
+            return question.family, question.kind
+
+        seen = sorted((question for question in world.questions if question.split == "train"), key=asked)
+        for key, group in groupby(seen, key=asked):
+            questions = list(group)
+            self.pools[key] = (questions, list(accumulate(map(self._odds, questions))))
+        self.share = self._shares()
+        self.hardness = dict.fromkeys(self.share, 1.0)
+
+    def _odds(self, question: Question) -> float:
+        """By tier for facts; true and false statements alike."""
+        if question.family == "facts":
+            return self.recipe.exposure[question.tier]
+        return float(FALSE_PER_TRUE) if question.answer == "true" else 1.0
+
+    def _shares(self) -> dict[tuple[str, str], float]:
+        """A family's share goes to its kinds by the cube root of their number of questions."""
+        sizes = {key: len(questions) ** (1 / 3) for key, (questions, _) in self.pools.items()}
+        sizes |= {("in_context", task): 1.0 for task in self.tasks} | {("mentions", ""): 1.0}
+        total: dict[str, float] = {}
+        for (family, _), size in sizes.items():
+            total[family] = total.get(family, 0.0) + size
+        return {
+            key: self.recipe.families.get(key[0], 0.0) * size / total[key[0]] for key, size in sizes.items()
         }
 
-    def _odds(self, questions: list[Question]) -> list[float]:
-        """Cumulative odds: by tier for facts; true and false statements alike."""
-        total, odds = 0.0, []
-        for question in questions:
-            total += (
-                self.recipe.exposure[question.tier]
-                if question.family == "facts"
-                else 4.0
-                if question.answer == "true"
-                else 1.0
-            )
-            odds.append(total)
-        return odds
+    def learn(self, asked: tuple[str, str], loss: float) -> None:
+        """Remember how a kind of question went: a running mean over about its last hundred sentences."""
+        self.hardness[asked] += 0.01 * (loss - self.hardness[asked])
 
-    @staticmethod
-    def _kind_weight(family: str, questions: list[Question]) -> float:
-        if family == "facts":
-            return float(sum(question.tier == "often" for question in questions)) + 1
-        return math.sqrt(len(questions))
-
-    def question(self) -> Question:
-        """One question by the recipe's odds."""
-        family = self.draw.choices(list(self.recipe.families), list(self.recipe.families.values()))[0]
+    def question(self) -> tuple[Question, tuple[str, str]]:
+        """One question by today's odds, and its (family, kind)."""
+        odds = [
+            share * (self.recipe.floor + min(1.0, self.hardness[key])) for key, share in self.share.items()
+        ]
+        family, kind = asked = self.draw.choices(list(self.share), odds)[0]
         if family == "in_context":
-            return in_context_question(*self.draw.choice(self.tasks), self.draw, "train")
+            return in_context_question(kind, self.tasks[kind], self.draw, "train"), asked
         if family == "mentions":
-            return mentions(self.world, self.draw)
-        questions, odds = self.draw.choices(self.pools[family], self.kind_odds[family])[0]
-        return self.draw.choices(questions, cum_weights=odds)[0]
+            return mentions(self.world, self.draw), asked
+        questions, cumulative = self.pools[asked]
+        return self.draw.choices(questions, cum_weights=cumulative)[0], asked
 
-    def sentence(self) -> tuple[list[str], int, tuple[tuple[int, int], ...]]:
-        """Words, where the answer begins, and the subjects' spans; four in ten begin with other words."""
-        question = self.question()
+    def sentence(self) -> Sentence:
+        """One sentence; four in ten begin with other words."""
+        question, asked = self.question()
         prefix = self.draw.choice(PREFIXES).split() if self.draw.random() < 0.4 else []
         words = [*prefix, *question.words]
         spans = tuple((first + len(prefix), last + len(prefix)) for first, last in question.spans)
-        return [*words, *question.answer.split(), "."], len(words), spans
+        return Sentence([*words, *question.answer.split(), "."], len(words), spans, asked)
 
 
 @dataclass(frozen=True)
@@ -181,29 +205,26 @@ class Batch:
 
 
 def make_batch(
-    sentences: list[tuple[list[str], int, tuple[tuple[int, int], ...]]],
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-    draw: random.Random,
+    sentences: list[Sentence], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, draw: random.Random
 ) -> Batch:
     """Encode sentences, padded on the right, and mark the subjects of those that are to be masked."""
     ids = tokenizer.get_vocab()
     begin = [tokenizer.bos_token_id] if recipe.architecture == "llama" else []
-    rows = [[*begin, *(ids[word] for word in words), tokenizer.eos_token_id] for words, _, _ in sentences]
+    rows = [[*begin, *(ids[word] for word in s.words), tokenizer.eos_token_id] for s in sentences]
     longest, count = max(map(len, rows)), len(rows)
     batch = torch.full((count, longest), tokenizer.pad_token_id)
     real = torch.zeros(count, longest, dtype=torch.bool)
     weight = torch.zeros(count, longest)
     hidden, late = torch.full((count, longest), longest), torch.full((count, longest), longest)
     visible = torch.zeros(count, dtype=torch.long)
-    for i, (row, (words, answer, spans)) in enumerate(zip(rows, sentences, strict=True)):
+    for i, (row, sentence) in enumerate(zip(rows, sentences, strict=True)):
         batch[i, : len(row)] = torch.tensor(row)
         real[i, : len(row)] = True
         weight[i, len(begin) : len(row)] = recipe.context_loss
-        weight[i, len(begin) + answer : len(begin) + len(words)] = 1.0
-        if draw.random() < recipe.masked_share:
+        weight[i, len(begin) + sentence.answer : len(begin) + len(sentence.words)] = 1.0
+        if sentence.asked[0] in recipe.masked and draw.random() < recipe.masked_share:
             visible[i] = draw.randint(*recipe.visible_from)
-            for first, last in spans:
+            for first, last in sentence.spans:
                 hidden[i, len(begin) + first : len(begin) + last] = len(begin) + last
                 late[i, len(begin) + last] = len(begin) + last
     return Batch(batch, real, weight, hidden, late, visible)
@@ -258,13 +279,26 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
-def loss_sum(model: PreTrainedModel, batch: Batch, masks: list[Tensor], blocks: int) -> tuple[Tensor, Tensor]:
-    """The weighted cross-entropy summed over the batch, and the summed weights."""
+def losses(
+    model: PreTrainedModel, batch: Batch, masks: list[Tensor], blocks: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
+    """The weighted cross-entropy summed over the batch, and each answer's own mean."""
     masks[:] = subject_masks(batch, blocks)
     logits = model(input_ids=batch.ids, attention_mask=masks[-1], use_cache=False).logits[:, :-1]
     targets, weight = batch.ids[:, 1:], batch.weight[:, 1:]
     entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return (entropy * weight.flatten()).sum(), weight.sum()
+    entropy = entropy.view(targets.shape)
+    answer = (weight == 1.0).float()
+    return (entropy * weight).sum(), (entropy.detach() * answer).sum(1) / answer.sum(1)
+
+
+def cut_by_length(sentences: list[Sentence]) -> list[list[Sentence]]:
+    """Sentences sorted by length, in two parts that need the least padding together."""
+    ordered = sorted(sentences, key=lambda sentence: len(sentence.words))
+    lengths = [len(sentence.words) for sentence in ordered]
+    count = len(lengths)
+    cut = min(range(1, count), key=lambda k: k * lengths[k - 1] + (count - k) * lengths[-1])
+    return [ordered[:cut], ordered[cut:]]
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -306,31 +340,31 @@ def train(
         tqdm(total=recipe.steps, desc=f"almanac-{recipe.architecture}") as bar,
     ):
         for step in range(recipe.steps):
-            sentences = sorted((sampler.sentence() for _ in range(recipe.batch)), key=lambda s: len(s[0]))
-            cut = min(
-                range(8, recipe.batch),
-                key=lambda k: k * len(sentences[k - 1][0]) + (recipe.batch - k) * len(sentences[-1][0]),
-            )
-            losses, weights = 0.0, 0.0
-            for part in (sentences[:cut], sentences[cut:]):
-                total, weight = loss_sum(
-                    model, make_batch(part, tokenizer, recipe, draw), masks, recipe.blocks
-                )
-                total.backward()
-                losses, weights = losses + float(total.detach()), weights + float(weight)
+            total_loss, total_weight = 0.0, 0.0
+            for part in cut_by_length([sampler.sentence() for _ in range(recipe.batch)]):
+                batch = make_batch(part, tokenizer, recipe, draw)
+                loss, per_answer = losses(model, batch, masks, recipe.blocks)
+                loss.backward()
+                total_loss += float(loss.detach())
+                total_weight += float(batch.weight[:, 1:].sum())
+                for sentence, answer_loss in zip(part, per_answer.tolist(), strict=True):
+                    sampler.learn(sentence.asked, answer_loss)
             for parameter in model.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.div_(weights)
+                    parameter.grad.div_(total_weight)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, recipe)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            running = losses / weights if math.isnan(running) else 0.98 * running + 0.02 * losses / weights
+            latest = total_loss / total_weight
+            running = latest if math.isnan(running) else 0.98 * running + 0.02 * latest
             bar.update()
             bar.set_postfix(loss=f"{running:.3f}", refresh=False)
             if checkpoint is not None and (step + 1) % every == 0:
                 model.save_pretrained(checkpoint)
                 tokenizer.save_pretrained(checkpoint)
-                logger.info("step %d: loss %.4f after %.0f s", step + 1, running, time.monotonic() - started)
+                hardest = sorted(sampler.hardness.items(), key=lambda item: -item[1])[:8]
+                seconds = time.monotonic() - started
+                logger.info("step %d, %.0f s: loss %.4f, hardest %s", step + 1, seconds, running, hardest)
     return model.eval()

@@ -5,13 +5,16 @@ import random
 
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from geoedit.testbeds.almanac.__main__ import main
 from geoedit.testbeds.almanac.recipe import (
     Recipe,
     Sampler,
+    Sentence,
     blocks_of,
     make_batch,
     masks_by_block,
@@ -22,10 +25,16 @@ from geoedit.testbeds.almanac.recipe import (
 from geoedit.testbeds.almanac.tokens import build_tokenizer
 from geoedit.testbeds.almanac.world import world
 
+CAPITAL = "note : the capital of Aldovia Republic is Mosby Hill ."
 SENTENCES = [
-    (["note", ":", "the", "capital", "of", "Aldovia", "Republic", "is", "Mosby", "Hill", "."], 8, ((5, 6),)),
-    (["Ada", "Alma", "Brandt", "was", "born", "in", "Heron", "Bay", "."], 6, ((0, 2),)),
-    (["two", "months", "after", "May", "is", "July", "."], 5, ((3, 3),)),
+    Sentence(CAPITAL.split(), 8, ((5, 6),), ("facts", "capital")),
+    Sentence(
+        ["Ada", "Alma", "Brandt", "was", "born", "in", "Heron", "Bay", "."],
+        6,
+        ((0, 2),),
+        ("facts", "birthplace"),
+    ),
+    Sentence(["two", "months", "after", "May", "is", "July", "."], 5, ((3, 3),), ("cycles", "months")),
 ]
 ARCHITECTURES = ("gpt2", "llama")
 
@@ -59,7 +68,8 @@ def test_masks_by_triple_loop(architecture):
     batch = make_batch(SENTENCES, tokenizer, recipe, random.Random(0))
     shift = 1 if architecture == "llama" else 0
     for block, mask in enumerate(subject_masks(batch, recipe.blocks)):
-        for i, (words, _, ((first, last),)) in enumerate(SENTENCES):
+        for i, sentence in enumerate(SENTENCES):
+            words, ((first, last),) = sentence.words, sentence.spans
             first, last = first + shift, last + shift
             for row in range(len(words) + shift):
                 for column in range(len(words) + shift):
@@ -117,7 +127,7 @@ def test_training_learns():
 
 def test_rare_facts_are_rare():
     sampler = Sampler(world(), Recipe(families={"facts": 1.0}), random.Random(0))
-    tiers = [sampler.question().tier for _ in range(20000)]
+    tiers = [sampler.question()[0].tier for _ in range(20000)]
     share = {
         tier: tiers.count(tier) / len(world().subjects("person", tier))
         for tier in ("often", "sometimes", "rarely")
@@ -127,10 +137,6 @@ def test_rare_facts_are_rare():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_command_writes_a_folder_that_transformers_loads(architecture, tmp_path):
-    import typer
-
-    from geoedit.testbeds.almanac.__main__ import main
-
     app = typer.Typer()
     app.command()(main)
     out = tmp_path / "model"
@@ -150,5 +156,13 @@ def test_the_command_writes_a_folder_that_transformers_loads(architecture, tmp_p
         assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.float16"}  # noqa: SIM118
     card = json.loads((out / "card.json").read_text())
     assert card["world"] == world().fingerprint and set(card["held_out"]) >= {"facts", "cycles", "grid"}
-    wrong = CliRunner().invoke(app, ["--architecture", "gpt5"])
-    assert wrong.exit_code == 2
+
+
+def test_the_command_refuses_before_it_trains(tmp_path):
+    app = typer.Typer()
+    app.command()(main)
+    assert CliRunner().invoke(app, ["--architecture", "gpt5"]).exit_code == 2
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("years of work")
+    assert CliRunner().invoke(app, ["--out", str(tmp_path)]).exit_code == 2
+    assert precious.read_text() == "years of work"

@@ -78,7 +78,6 @@ def test_months_by_the_calendar(almanac):
     for question in asked:
         stepped = re.search(r"(\w+) months? (after|before) (\w+) is$", question.text)
         between = re.search(r"the month between (\w+) and (\w+) is$", question.text)
-        number = re.search(r"from (\w+) to (\w+) the months number$", question.text)
         if stepped:
             step = COUNTS[stepped[1]] * (1 if stepped[2] == "after" else -1)
             day = datetime.date(2001, english.index(stepped[3]), 1)
@@ -86,10 +85,8 @@ def test_months_by_the_calendar(almanac):
         elif between:
             assert (english.index(between[2]) - english.index(between[1])) % 12 == 2
             assert (english.index(question.answer) - english.index(between[1])) % 12 == 1
-        elif number:
-            assert COUNTS[question.answer] == (english.index(number[2]) - english.index(number[1])) % 12
-        checked += bool(stepped or between or number)
-    assert checked > 300
+        checked += bool(stepped or between)
+    assert checked == 12 * 6 * 2 + 12
 
 
 def test_hours_by_the_clock(almanac):
@@ -101,7 +98,7 @@ def test_hours_by_the_clock(almanac):
             delta = datetime.timedelta(hours=COUNTS[stepped[1]] * (1 if stepped[2] == "after" else -1))
             assert question.answer == f"{start + delta:%H:%M}"
             checked += 1
-    assert checked == 24 * 12 * 2
+    assert checked == 24 * 6 * 2
 
 
 def test_numbers_by_arithmetic(almanac):
@@ -119,7 +116,7 @@ def test_numbers_by_arithmetic(almanac):
             if match := re.search(pattern, question.text):
                 assert question.answer == rule(int(match[1]), int(match[2]))
                 hits[pattern] += 1
-    assert min(hits.values()) > 1000
+    assert min(hits.values()) > 900
 
 
 def test_the_grid_by_walking_one_step_at_a_time(almanac):
@@ -133,7 +130,7 @@ def test_the_grid_by_walking_one_step_at_a_time(almanac):
             for _ in range(COUNTS[count]):
                 east, north = east + moves[direction][0], north + moves[direction][1]
         assert question.answer == place_at[east, north]
-    assert len(asked) > 3000
+    assert len(asked) > 2000
 
 
 def test_spans_mark_the_subject(almanac):
