@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from geoedit.errors import EditError
 from geoedit.testbeds.almanac.world import World, world
@@ -65,6 +65,7 @@ def load(
             f"{almanac.fingerprint}: "
             "rebuild them with `python -m geoedit.testbeds.almanac`"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return model.to(device).eval(), tokenizer, almanac
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), tokenizer, almanac

@@ -1,19 +1,19 @@
-"""The card of an almanac model: what it knows, measured on held-out prompts, and where it knows it."""
+"""The card of an almanac model: what it knows, measured on held-out prompts."""
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Bool
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from geoedit.testbeds.almanac.language import Question
-from geoedit.testbeds.almanac.world import Fact, World
+from geoedit.testbeds.almanac.trace import causal_trace
+from geoedit.testbeds.almanac.world import World
 
 
 def encode(
@@ -83,128 +83,6 @@ def accuracy(
     return result
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    from geoedit.testbeds.almanac.recipe import blocks_of
-
-    return blocks_of(model)
-
-
-@torch.no_grad()
-def _swap(
-    model: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    module: nn.Module,
-    rows: Tensor,
-    positions: Tensor,
-    states: Tensor,
-) -> Float[Tensor, "batch vocabulary"]:
-    """The next-word logits when ``module``'s output at the given positions is replaced."""
-
-    def replace(_: nn.Module, __: Any, output: Any) -> Any:
-        hidden = (output if isinstance(output, Tensor) else output[0]).clone()
-        hidden[rows, positions] = states
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-    handle = module.register_forward_hook(replace)
-    try:
-        return model(**inputs).logits[:, -1]
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def causal_trace(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, pairs: int = 200, seed: int = 0
-) -> dict[str, Any]:
-    """Swap one token's state between two subjects, block by block, and count how often the answer follows.
-
-    For two known subjects of one relation, one wording and one length, whose answers differ, the state of
-    subject B replaces that of subject A after the embedding and after each block, once at the subject's last
-    token and once at the prompt's last token. *Carried* is the share of prompts whose likeliest next word is
-    then the first word of B's answer. Only prompts that the model answers rightly for both are counted.
-    """
-    draw = random.Random(seed)
-    known = {relation.name: world.facts_of(relation.name, "often") for relation in world.relations}
-    by_relation: dict[str, Any] = {}
-    totals: dict[str, list[list[float]]] = {"subject": [], "last": []}
-    for relation in world.relations:
-        texts: list[tuple[str, Fact, str, Fact, int]] = []
-        for _ in range(pairs * 20):
-            a, b = draw.sample(known[relation.name], 2)
-            template = draw.choice(relation.templates)
-            _, _, after = template.partition("{x}")
-            if a.answer.split()[0] != b.answer.split()[0] and len(a.subject.name.split()) == len(
-                b.subject.name.split()
-            ):
-                texts.append(
-                    (
-                        template.replace("{x}", a.subject.name),
-                        a,
-                        template.replace("{x}", b.subject.name),
-                        b,
-                        len(after.split()),
-                    )
-                )
-            if len(texts) == pairs:
-                break
-        base = encode(tokenizer, [t[0] for t in texts], model.device)
-        other = encode(tokenizer, [t[2] for t in texts], model.device)
-        inputs = {**base, "position_ids": (base["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
-        donors = {**other, "position_ids": inputs["position_ids"]}
-        unknown = tokenizer.unk_token_id
-        begin = len(tokenizer("").input_ids)
-        first = [[tokenizer(t[side].answer).input_ids[begin] for t in texts] for side in (1, 3)]
-        target_a, target_b = (torch.tensor(ids, device=model.device) for ids in first)
-        if unknown in (*first[0], *first[1]):
-            raise ValueError("an answer of the world is not in the tokenizer's vocabulary")
-        kept = (model(**inputs).logits[:, -1].argmax(-1) == target_a) & (
-            model(**donors).logits[:, -1].argmax(-1) == target_b
-        )
-        rows = torch.arange(len(texts), device=model.device)
-        length = base["input_ids"].shape[1]
-        places = {
-            "subject": torch.tensor([length - 1 - t[4] for t in texts], device=model.device),
-            "last": torch.full_like(rows, length - 1),
-        }
-        hidden = model(**donors, output_hidden_states=True).hidden_states
-        modules = [
-            model.get_submodule("transformer.drop")
-            if hasattr(model, "transformer")
-            else model.get_input_embeddings(),
-            *_blocks(model),
-        ]
-        captured: list[Tensor] = list(hidden[: len(modules) - 1])
-        # transformers gives the last state after the final norm; take the last block's own output
-        keep: list[Tensor] = []
-        handle = modules[-1].register_forward_hook(
-            lambda _, __, out, keep=keep: keep.append(out if isinstance(out, Tensor) else out[0])
-        )
-        try:
-            model(**donors)
-        finally:
-            handle.remove()
-        captured.append(keep[0])
-        entry: dict[str, Any] = {"prompts": int(kept.sum())}
-        for place, positions in places.items():
-            carried = []
-            for module, states in zip(modules, captured, strict=True):
-                logits = _swap(model, inputs, module, rows, positions, states[rows, positions])
-                carried.append(round((logits.argmax(-1) == target_b)[kept].float().mean().item(), 4))
-            entry[place] = {"embedding": carried[0], "blocks": carried[1:]}
-            totals[place].append(carried)
-        by_relation[relation.name] = entry
-    summary = {
-        place: {
-            "embedding": round(sum(row[0] for row in rows) / len(rows), 4),
-            "blocks": [
-                round(sum(column) / len(column), 4) for column in zip(*(row[1:] for row in rows), strict=True)
-            ],
-        }
-        for place, rows in totals.items()
-    }
-    return {**summary, "by_relation": by_relation}
-
-
 FAMILIES = ("facts", "cycles", "lines", "grid", "categories", "statements", "in_context")
 
 
@@ -221,10 +99,5 @@ def make_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world:
         family: accuracy(model, tokenizer, world.prompts(family, "unseen"))
         for family in ("cycles", "lines", "grid")
     }
-    trace = causal_trace(model, tokenizer, world)
-    blocks = trace["subject"]["blocks"]
-    third = range(len(blocks) // 3, len(blocks) - len(blocks) // 3)
-    best = max(third, key=lambda block: blocks[block])
-    trace["middle_third"] = {"best_block": best, "carried_at_subject": blocks[best]}
-    card["causal_trace"] = trace
+    card["causal_trace"] = causal_trace(model, tokenizer, world)
     return card

@@ -150,9 +150,9 @@ def _lines() -> Iterator[Question]:
                 yield from _ask("lines", "numbers", (i, -n), MINUS, str(i - n), x=str(i), n=str(n))
         for j in range(size):
             if i != j:
-                slots, order = {"x": str(i), "y": str(j)}, "yes" if i > j else "no"
-                yield from _ask("lines", "number order", (i, "?", j), MORE[:1], order, **slots)
-                yield from _ask("lines", "number order", (i, "max", j), MORE[1:], str(max(i, j)), **slots)
+                x, y, order = str(i), str(j), "yes" if i > j else "no"
+                yield from _ask("lines", "number order", (i, "?", j), MORE[:1], order, x=x, y=y)
+                yield from _ask("lines", "number order", (i, "max", j), MORE[1:], str(max(i, j)), x=x, y=y)
     for kind, (values, unit, up, down, compare) in SCALES.items():
         for i, value in enumerate(values):
             for j, other in enumerate(values):
