@@ -12,6 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -192,7 +193,7 @@ def _signature(forward: Callable) -> inspect.Signature | None:
         return None
 
 
-def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], AbstractSet[str]]:
     """Give the arguments by name, and every name that the module's forward knows."""
     forward = module.__dict__.get("forward") or type(module).forward
     bound_already = "forward" in module.__dict__
