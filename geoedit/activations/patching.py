@@ -93,21 +93,15 @@ def run_with(
 def _checked(site: Site, location: Location, rows: Tensor, count: int) -> Tensor:
     wide = rows.shape[-1] if rows.dim() else 0
     fits = rows.dim() == 1 or (rows.dim() == 2 and rows.shape[0] == count)
-    if not fits or (location.width and wide != _width(location)):
+    if not fits or wide != (location.width or wide):  # a module path may not tell its width beforehand
         raise EditError(
-            f"states for the site {site} have shape {tuple(rows.shape)}; they must be ({_width(location)},) "
+            f"states for the site {site} have shape {tuple(rows.shape)}; they must be ({location.width},) "
             "or "
-            f"({count}, {_width(location)}), one row for each prompt."
+            f"({count}, {location.width}), one row for each prompt."
         )
     if not bool(torch.isfinite(rows).all()):
         raise EditError(f"states for the site {site} hold NaN or infinite numbers; mend them first.")
     return rows.expand(count, -1)
-
-
-def _width(location: Location) -> int:
-    if location.features is None:
-        return location.width
-    return len(range(*location.features.indices(location.width)))
 
 
 class _Writer:

@@ -97,7 +97,7 @@ def test_a_run_that_was_cut_off_is_taken_up_again(tiny_model, tiny_tokenizer, tm
 
 
 def test_a_killed_process_leaves_no_half_shard(tmp_path: Path) -> None:
-    """SIGKILL while the second shard is being written: what is there is whole, and nothing loads as finished."""
+    """SIGKILL while the second shard is written: what is there is whole, and nothing loads as finished."""
     script = f"""
 import os, signal
 import safetensors.torch, torch
@@ -130,7 +130,7 @@ for k in range(3):
     assert Shards(tmp_path, [Site(0)], "request", None, 1, 0).done == {0}
 
 
-def test_another_collection_in_the_folder_is_not_touched(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
+def test_another_collection_stays_untouched(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
     collect(tiny_model, tiny_tokenizer, PROMPTS, SITES, out=tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for change in ({"prompts": PROMPTS[:3]}, {"sites": SITES[:1]}, {"dtype": torch.float64}):

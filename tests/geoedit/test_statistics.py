@@ -50,7 +50,7 @@ def test_moments_in_float64_are_exact_to_rounding(tiny_model, tiny_tokenizer) ->
 
 @pytest.mark.parametrize("full", [True, False])
 def test_the_merge_keeps_its_digits_far_from_zero(full: bool, device: torch.device) -> None:
-    """Sums of squares around zero would lose all of them: 1e9 squared leaves no digit for a spread of 1e-2."""
+    """Sums of squares around zero would lose them: 1e9 squared leaves no digit for a spread of 1e-2."""
     generator = torch.Generator().manual_seed(0)
     rows = 1e9 + 1e-2 * torch.randn(1000, 4, generator=generator, dtype=torch.float64)
     parts = [Moments.of(part.to(device), full=full) for part in rows.split(7)]
