@@ -17,7 +17,7 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from geoedit.testbeds.almanac.card import make_card
-from geoedit.testbeds.almanac.recipe import Recipe, train
+from geoedit.testbeds.almanac.recipe import RECIPES, train
 from geoedit.testbeds.almanac.tokens import Architecture, build_tokenizer
 from geoedit.testbeds.almanac.world import world
 
@@ -66,7 +66,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
     kind: Architecture = "gpt2" if architecture == "gpt2" else "llama"
-    recipe = Recipe(architecture=kind, seed=seed)
+    recipe = replace(RECIPES[kind], seed=seed)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
     started = time.monotonic()
     tokenizer = build_tokenizer(world(), kind)

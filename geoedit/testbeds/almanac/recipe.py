@@ -83,6 +83,13 @@ class Recipe:
     )
 
 
+RECIPES: dict[Architecture, Recipe] = {
+    "gpt2": Recipe(),
+    "llama": Recipe(architecture="llama", steps=8000, masked=tuple(Recipe().families)),
+}
+"""What the shipped models were made by; their cards repeat it."""
+
+
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A model of random weights in the recipe's architecture."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
