@@ -61,33 +61,77 @@ def draw_shape(axes: Axes, site: SiteSummary, values: list[str], *, closed: bool
     axes.scatter(
         *points.T, c=np.arange(len(points)), cmap="twilight" if closed else "viridis", s=50, zorder=3
     )
+    centre = points.mean(0)
     for value, point in zip(values, points, strict=True):
-        axes.annotate(value, point, xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+        away = (point - centre) / max(float(np.linalg.norm(point - centre)), 1e-12)
+        side = "left" if away[0] > 0.3 else "right" if away[0] < -0.3 else "center"
+        axes.annotate(
+            value,
+            point,
+            xytext=tuple(9 * away),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+            ha=side,
+            va="center",
+        )
     share = sum(site.explained[:2])
     axes.set_title(f"class means at {site.label}\n(two axes hold {share:.0%} of their spread)", fontsize=10)
-    axes.set_aspect("equal", "datalim")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    reach = 1.3 * float(np.abs(points - centre).max())
+    axes.set(xlim=centre[0] + np.array([-reach, reach]), ylim=centre[1] + np.array([-reach, reach]))
+    axes.set_aspect("equal")
+    axes.axis("off")
 
 
 def draw_success(axes: Axes, diagnosis: Diagnosis) -> None:
     """Share of edits that succeed by site and kind of edit: predicted (open) and observed (filled)."""
-    places = [site.label for site in diagnosis.sites]
+    places, labels, groups = [], [], []
+    for token in dict.fromkeys(site.token for site in diagnosis.sites):
+        group = [site for site in diagnosis.sites if site.token == token]
+        start = len(labels) + bool(labels)  # a gap between the groups
+        places += [(site.label, start + number) for number, site in enumerate(group)]
+        labels += [(start + number, short(site)) for number, site in enumerate(group)]
+        groups.append((start, start + len(group) - 1, token))
     table = diagnosis.table
     colours = dict(zip(dict.fromkeys(table["edit"]), (COOL, WARM), strict=False))
     for kind, colour in colours.items():
-        part = table[table["edit"] == kind].groupby("site")[["probability", "success"]]
-        mean = part.agg(lambda column: column.astype(float).mean()).reindex(places)
-        axes.plot(mean["success"], "o-", color=colour, label=f"{kind}: observed")
-        axes.plot(
-            mean["probability"], "o--", color=colour, markerfacecolor="white", label=f"{kind}: predicted"
+        rates = table[table["edit"] == kind].astype({"success": float}).groupby("site")
+        for column, style, fill in (("success", "o-", colour), ("probability", "o--", "white")):
+            mean = rates[column].mean()
+            name = f"{kind}, {'observed' if column == 'success' else 'predicted'}"
+            for low, high, _ in groups:
+                inside = [(at, mean[label]) for label, at in places if low <= at <= high]
+                axes.plot(
+                    *zip(*inside, strict=True),
+                    style,
+                    color=colour,
+                    markerfacecolor=fill,
+                    label=name,
+                    zorder=3,
+                )
+                name = "_nolegend_"
+    axes.set_xticks(*zip(*labels, strict=True), fontsize=9)
+    for low, high, token in groups:
+        axes.annotate(
+            f"state at the {token} token",
+            ((low + high) / 2, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -26),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=9,
         )
-    axes.set_xticks(range(len(places)), places, rotation=30, ha="right", fontsize=8)
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("share of edits that succeed")
     axes.set_title(f"straight edits of {diagnosis.concept['name']} in {diagnosis.model}", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def short(site: SiteSummary) -> str:
+    """The site's place on the axis: its block's number, or "emb"."""
+    return str(site.site.get("block", "emb"))
 
 
 if __name__ == "__main__":
