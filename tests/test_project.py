@@ -78,11 +78,11 @@ def test_constraints_pin_every_direct_dependency():
     assert pins["torch"] == "2.13.0"
 
 
-def imported_distributions() -> dict[str, list[str]]:
-    """Distributions that the four packages import, each with the files that do."""
+def imported_distributions(*folders: str) -> dict[str, list[str]]:
+    """Distributions that the python files in some folders import, each with the files that do."""
     owners = metadata.packages_distributions()
     found: dict[str, list[str]] = {}
-    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -94,12 +94,26 @@ def imported_distributions() -> dict[str, list[str]]:
     return found
 
 
-def test_imports_and_dependencies_agree():
-    imported = imported_distributions()
-    undeclared = {name: files for name, files in imported.items() if name not in requirements()}
-    assert undeclared == {}, "imported but not in pyproject.toml"
-    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["project"]["dependencies"]}
-    assert declared - set(imported) == set(), "in pyproject.toml's dependencies, but nothing imports it"
+def declared(*extras: str) -> set[str]:
+    """The dependencies of the packages, and those of some extras."""
+    project = PROJECT["project"]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in extras for line in project["optional-dependencies"][extra]),
+    ]
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def test_packages_import_what_is_declared_and_nothing_is_declared_in_vain():
+    imported = imported_distributions(*PACKAGES)
+    optional = declared("real", "bench")
+    assert {name: files for name, files in imported.items() if name not in declared() | optional} == {}
+    assert declared() - set(imported) == set(), "in pyproject.toml's dependencies, but nothing imports it"
+
+
+def test_tests_import_what_the_extra_test_installs():
+    imported = imported_distributions("tests")
+    assert {name: files for name, files in imported.items() if name not in declared("test", "docs")} == {}
 
 
 def test_no_machine_paths_in_tracked_files():
