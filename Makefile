@@ -54,10 +54,9 @@ test: $(TEST_STAMP)
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 lint: $(TEST_STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@failed=""; for tool in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do \
+		echo "$$tool"; $(BIN)/$$tool || failed="$$failed '$$tool'"; done; \
+	if [ -n "$$failed" ]; then echo "lint failed:$$failed" >&2; exit 1; fi
 
 docs: $(TEST_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site

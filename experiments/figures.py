@@ -85,7 +85,9 @@ def draw_shape(axes: Axes, site: SiteSummary, values: list[str], *, closed: bool
 
 def draw_success(axes: Axes, diagnosis: Diagnosis) -> None:
     """Share of edits that succeed by site and kind of edit: predicted (open) and observed (filled)."""
-    places, labels, groups = [], [], []
+    places: list[tuple[str, int]] = []
+    labels: list[tuple[int, str]] = []
+    groups: list[tuple[int, int, str]] = []
     for token in dict.fromkeys(site.token for site in diagnosis.sites):
         group = [site for site in diagnosis.sites if site.token == token]
         start = len(labels) + bool(labels)  # a gap between the groups
