@@ -129,7 +129,7 @@ def _forward(
     listed = "\n  ".join(failures) or "nothing that it accepts could be guessed"
     raise EditError(
         f"No forward pass of {type(model).__name__} worked, so its parts cannot be watched. Tried:\n"
-        f"  {listed}\nGive an example of what it takes: anatomy(model, inputs={...})."
+        f"  {listed}\nGive an example of what it takes: anatomy(model, inputs={{...}})."
     )
 
 
