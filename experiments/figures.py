@@ -28,7 +28,7 @@ class Settings:
     model: str = "almanac-gpt2"
     concept: str = "months"
     path: Path = Path(__file__).parents[1] / "docs" / "images" / "months.png"
-    dpi: int = 150
+    dpi: int = 110
 
 
 def run(settings: Settings | None = None) -> Path:
@@ -39,7 +39,7 @@ def run(settings: Settings | None = None) -> Path:
     return draw(diagnosis, settings.path, dpi=settings.dpi)
 
 
-def draw(diagnosis: Diagnosis, path: Path, *, dpi: int = 150) -> Path:
+def draw(diagnosis: Diagnosis, path: Path, *, dpi: int = 110) -> Path:
     """Write the picture of an applied diagnosis: class means on the left, success by site on the right."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     shape, success = figure.subplots(1, 2)
@@ -58,9 +58,8 @@ def draw_shape(axes: Axes, site: SiteSummary, values: list[str], *, closed: bool
     points = np.asarray(site.coordinates)[:, :2]
     path = np.vstack([points, points[:1]]) if closed else points
     axes.plot(*path.T, color=COOL, linewidth=1.2, alpha=0.6)
-    axes.scatter(
-        *points.T, c=np.arange(len(points)), cmap="twilight" if closed else "viridis", s=50, zorder=3
-    )
+    hues = "twilight" if closed else "viridis"
+    axes.scatter(points[:, 0], points[:, 1], c=np.arange(len(points)), cmap=hues, s=50, zorder=3)
     centre = points.mean(0)
     for value, point in zip(values, points, strict=True):
         away = (point - centre) / max(float(np.linalg.norm(point - centre)), 1e-12)
