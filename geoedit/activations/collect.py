@@ -59,16 +59,15 @@ def collect(
         name. sites: where. An encoder-decoder model gets the prompts in its encoder, the start token in its
         decoder. values: with plain texts, the value that each holds (where it stands last), for sites at
         "value". batch_size: prompts in one forward.
-        out: a folder for shards, which the result then reads from. The same call takes up a run that was cut
-        off. progress: show a bar; None: on a terminal only.
+        out: a folder for shards, which the result reads from. The same call takes up a run that was cut off.
+        progress: show a bar; None: on a terminal only.
         dtype: of the result; None: the model's own.
         shard_bytes: a shard is closed once it holds this much; about that much memory is used.
 
     Raises:
         EditError: before the first forward for a site that does not exist, an empty or too long prompt, a
-            value that
-            is not in its prompt, a token that a prompt does not have, a folder with another collection; after
-            it for states that are not finite, naming prompt and site.
+            value that is not in its prompt, a token that a prompt does not have, a folder with another
+            collection; after it for states that are not finite, naming prompt and site.
     """
     if batch_size < 1:
         raise EditError(f"batch_size is {batch_size}; it must be at least 1.")

@@ -47,7 +47,8 @@ class Texts:
     Attributes:
         ids: token ids of each prompt, special tokens included.
         value_tokens: place of the value's last token in each prompt; None where it is not known.
-        side: where padding goes. positions: whether position_ids are given to the model.
+        side: where padding goes.
+        positions: whether the model is given position_ids.
     """
 
     texts: tuple[str, ...]
@@ -178,8 +179,7 @@ def read_inputs(
 
     Raises:
         EditError: no prompts, an empty prompt, one without tokens or too long for the model, a value that is
-            not in
-            its prompt, values of another number, tensors of unequal rows, a missing tokenizer.
+            not in its prompt, values of another number, tensors of unequal rows, a missing tokenizer.
     """
     if isinstance(prompts, Mapping):
         return _read_tensors(prompts, values)

@@ -40,24 +40,20 @@ def run_with(
         model: as for `collect`, like tokenizer, prompts, values, batch_size and progress.
         tokenizer: see `collect`.
         prompts: see `collect`.
-        states: for each site (prompts, width), one row for each prompt in their order, or (width,) for all of
-            them;
-            a site that selects several tokens writes a prompt's row to each of these.
+        states: for each site (prompts, width), a row for each prompt in their order, or (width,) for all of
+            them; a site that selects several tokens writes the prompt's row to each of these.
         values: see `collect`.
         batch_size: see `collect`.
         output: the field of the model's output to return. A field with one row a token, (batch, tokens, …),
-            is read
-            at the last real token of each prompt.
+            is read at the last real token of each prompt.
         progress: see `collect`.
 
     Returns:
-        (prompts, …) on the CPU, in the order of the prompts. An empty mapping of states gives the plain
-        outputs.
+        (prompts, …) on the CPU, in the order of the prompts. No states give the plain outputs.
 
     Raises:
         EditError: a site that does not exist, states of another number or width, states that are not finite,
-            an
-            output that the model does not have.
+            an output that the model does not have.
     """
     places = locate_all(model, states) if states else {}
     source = read_inputs(model, tokenizer, prompts, values)

@@ -26,14 +26,16 @@ class Processes:
     @classmethod
     def current(cls) -> Processes:
         """The processes of this launch; joins their group if nobody has yet."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not dist.is_available():
+            return cls()
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
+            from accelerate.utils import parse_flag_from_env
 
-            state = PartialState()
-            return cls(state.process_index, state.num_processes)
-        return cls()
+            # Left to itself where there is no accelerator, it joins the group and yet reports one process.
+            alone = not torch.accelerator.is_available()
+            PartialState(cpu=alone or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     @property
     def _device(self) -> torch.device:

@@ -174,8 +174,8 @@ def value_mask(site: Site, batch: Batch, real: Bool[Tensor, "batch tokens"]) -> 
     if batch.value is None or real.shape != batch.inputs["input_ids"].shape:
         raise EditError(
             f"the site {site} does not see the tokens of the prompt ({tuple(real.shape)} rows and tokens), "
-            "so the "
-            "value has no token there; use the token 'last', or a site in the stack that reads the prompt."
+            "so the value has no token there; use the token 'last', or a site in the stack that reads the "
+            "prompt."
         )
     places = torch.arange(real.shape[1], device=real.device)
     return places[None, :] == batch.value.to(real.device)[:, None]

@@ -70,7 +70,7 @@ class Statistics:
     Without a label, all rows together. Two statistics of the same sites add up (`+`) to those of all rows.
 
     Attributes:
-        sites: the sites. labels: the labels, in the order of their first prompt.
+        moments: for each site, the moments of each label.
         fingerprint: of the model that the states come from.
     """
 
@@ -205,8 +205,8 @@ def statistics(
         tokenizer: see `collect`.
         prompts: see `collect`.
         sites: see `collect`.
-        labels: one for each prompt; None: the values of the prompts where they have them, else one label for
-        all. covariance: keep whole covariance matrices, not only variances.
+        labels: one for each prompt; None: the values that the prompts name, else one label for all.
+        covariance: keep whole covariance matrices, not only variances.
         values: see `collect`.
         batch_size: see `collect`.
         progress: see `collect`.

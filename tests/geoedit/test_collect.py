@@ -1,6 +1,7 @@
 """Collected states against transformers' own hidden states and against hand-run forwards."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -91,6 +92,7 @@ def t5(size: int) -> nn.Module:
 FAMILIES: list[Callable[[int], nn.Module]] = [gpt2, llama, bert, roberta, opt, bloom, mamba, t5]
 
 
+@functools.cache
 def build(
     family: Callable[[int], nn.Module], tokenizer: hf.PreTrainedTokenizerFast, device: torch.device
 ) -> nn.Module:
@@ -325,6 +327,7 @@ def test_model_and_tokenizer_stay_as_they_were(tiny_model, tiny_tokenizer) -> No
 def test_dropout_is_off_while_reading(tiny_tokenizer) -> None:
     model = build(gpt2, tiny_tokenizer, torch.device("cpu")).train()
     one, two = (collect(model, tiny_tokenizer, PROMPTS, [Site(2)])[Site(2)] for _ in range(2))
+    model.eval()
     assert torch.equal(one, two)
 
 

@@ -1,17 +1,17 @@
 """Shards: whole or absent, taken up again, bounded in memory, read back bit by bit."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from geoedit.activations import Activations, collect
+from geoedit.activations import Activations, collect, store
 from geoedit.activations.store import Shards
 from geoedit.concept import Concept, Template
 from geoedit.errors import EditError
@@ -96,32 +96,29 @@ def test_a_run_that_was_cut_off_is_taken_up_again(tiny_model, tiny_tokenizer, tm
     same(again, wanted)
 
 
+def write_until_killed(folder: Path) -> None:
+    """Write shards; while the second one is on its way, cut it short and die at once."""
+    saved: list[Path] = []
+
+    def dying(tensors: dict, path: Path, metadata: dict) -> None:
+        save_file(tensors, path, metadata=metadata)
+        saved.append(path)
+        if len(saved) == 2:
+            os.truncate(path, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.save_file = dying
+    shards = Shards(folder, [Site(0)], "request", None, 1, 0)
+    for prompt in range(3):
+        shards.add(0, torch.tensor([prompt]), torch.ones(1, 4))
+        shards.batch_done([prompt])
+
+
 def test_a_killed_process_leaves_no_half_shard(tmp_path: Path) -> None:
-    """SIGKILL while the second shard is written: what is there is whole, and nothing loads as finished."""
-    script = f"""
-import os, signal
-import safetensors.torch, torch
-import geoedit.activations.store as store
-done = []
-save = store.save_file
-def slow(tensors, path, metadata=None):
-    save(tensors, path, metadata=metadata)
-    done.append(path)
-    if len(done) == 2:
-        with open(path, "r+b") as file:
-            file.truncate(100)
-        os.kill(os.getpid(), signal.SIGKILL)
-store.save_file = slow
-from pathlib import Path
-shards = store.Shards(Path({str(tmp_path)!r}), [None], "request", None, 1, 0)
-for k in range(3):
-    shards.add(0, torch.tensor([k]), torch.ones(1, 4))
-    shards.batch_done([k])
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", script]
-    ended = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    child = multiprocessing.get_context("fork").Process(target=write_until_killed, args=(tmp_path,))
+    child.start()
+    child.join(timeout=120)
+    assert child.exitcode == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-0-00000.safetensors"]
     with safe_open(tmp_path / "shard-0-00000.safetensors", "pt") as shard:
         assert shard.get_tensor("prompts").tolist() == [0]
