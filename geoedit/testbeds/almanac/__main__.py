@@ -17,7 +17,7 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from geoedit.testbeds.almanac.card import make_card
-from geoedit.testbeds.almanac.recipe import RECIPES, train
+from geoedit.testbeds.almanac.recipe import Recipe, train
 from geoedit.testbeds.almanac.tokens import Architecture, build_tokenizer
 from geoedit.testbeds.almanac.world import world
 
@@ -51,7 +51,7 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="folder to write; default: almanac-ARCHITECTURE here")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="training steps; default: the recipe's")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps of the first stage; default: the recipe's")] = None,
     seed: Annotated[int, typer.Option(help="of the weights and of the sentences drawn")] = 0,
     threads: Annotated[int, typer.Option(help="processor threads")] = 2,
 ) -> None:
@@ -66,8 +66,8 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
     kind: Architecture = "gpt2" if architecture == "gpt2" else "llama"
-    recipe = replace(RECIPES[kind], seed=seed)
-    recipe = recipe if steps is None else replace(recipe, steps=steps)
+    recipe = Recipe(architecture=kind, seed=seed)
+    recipe = recipe if steps is None else replace(recipe, steps=steps, second_steps=steps // 5)
     started = time.monotonic()
     tokenizer = build_tokenizer(world(), kind)
     model = train(world(), tokenizer, recipe)

@@ -273,8 +273,11 @@ def all_questions(world: World) -> tuple[Question, ...]:
     return tuple(question for family in families for question in family)
 
 
-def tasks(world: World) -> dict[str, list[tuple[str, str]]]:
-    """The in-context tasks: lists of (input, output) pairs, of which a prompt shows some and asks one."""
+def tasks(world: World, *, backward: bool = False) -> dict[str, list[tuple[str, str]]]:
+    """The in-context tasks: lists of (input, output) pairs, of which a prompt shows some and asks one.
+
+    With ``backward`` two more, which count backwards and differ from their neighbours in direction only.
+    """
 
     def told(relation: str) -> list[tuple[str, str]]:
         return [
@@ -285,7 +288,7 @@ def tasks(world: World) -> dict[str, list[tuple[str, str]]]:
         return [(value, values[(i + step) % len(values)]) for i, value in enumerate(values)]
 
     numbers = list(names.NUMBERS)
-    return {
+    every = {
         "country of a city": told("country"),
         "language of a country": told("language"),
         "currency of a country": told("currency"),
@@ -305,8 +308,10 @@ def tasks(world: World) -> dict[str, list[tuple[str, str]]]:
             if (east, north + 1) in world.grid
         ],
     }
+    return {task: pairs for task, pairs in every.items() if backward or task not in BACKWARD}
 
 
+BACKWARD = ("month before", "predecessor")
 SEPARATORS = ((":", ";"), ("=", ","), ("gives", "."))
 FEWEST_EXAMPLES, MOST_EXAMPLES = 2, 4
 HELD_OUT_QUERIES = 0.15  # of each task's inputs: never the query of that task in training

@@ -27,14 +27,13 @@ from geoedit.testbeds.almanac.world import world
 
 CAPITAL = "note : the capital of Aldovia Republic is Mosby Hill ."
 SENTENCES = [
-    Sentence(CAPITAL.split(), 8, ((5, 6),), ("facts", "capital")),
+    Sentence(CAPITAL.split(), 8, ((5, 6),)),
     Sentence(
         ["Ada", "Alma", "Brandt", "was", "born", "in", "Heron", "Bay", "."],
         6,
         ((0, 2),),
-        ("facts", "birthplace"),
     ),
-    Sentence(["two", "months", "after", "May", "is", "July", "."], 5, ((3, 3),), ("cycles", "months")),
+    Sentence(["two", "months", "after", "May", "is", "July", "."], 5, ((3, 3),)),
 ]
 ARCHITECTURES = ("gpt2", "llama")
 
@@ -42,7 +41,15 @@ ARCHITECTURES = ("gpt2", "llama")
 def tiny(architecture, **changes):
     return Recipe(
         **(
-            {"architecture": architecture, "blocks": 3, "width": 32, "heads": 4, "steps": 3, "batch": 16}
+            {
+                "architecture": architecture,
+                "blocks": 3,
+                "width": 32,
+                "heads": 4,
+                "steps": 3,
+                "second_steps": 1,
+                "batch": 16,
+            }
             | changes
         )
     )
