@@ -1,7 +1,7 @@
 """Do the months of a real sentence encoder lie on a loop? Measured block by block on all-MiniLM-L6-v2.
 
 Run with ``python -m experiments.real_months``; it needs the extra ``real`` (a wheel that holds the
-22.7M-parameter BERT), takes one to two minutes on two cores, and writes docs/results/real_months.json and
+22.7M-parameter BERT), takes about half a minute on an idle core, and writes docs/results/real_months.json and
 .png.
 """
 
@@ -250,6 +250,7 @@ def draw(result: Result, settings: Settings) -> Path:
             axes.set_title(f"{loop.place}\nround {abs(loop.winding)}x, order {loop.order:.2f}", fontsize=6)
             axes.set_xticks([])
             axes.set_yticks([])
+            axes.margins(0.15)
             axes.set_aspect("equal", adjustable="datalim")
         line[0].set_ylabel(name, fontsize=8)
     path = settings.folder / "real_months.png"
