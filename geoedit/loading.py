@@ -66,13 +66,13 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise EditError(f"can't load a model from {text!r}: {_first_line(error)}{_mend(source)}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        found: Any = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise EditError(
             f"{text!r} has a model, but no tokenizer that transformers can read: {_first_line(error)} "
             "Save one beside it with tokenizer.save_pretrained(folder)."
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), found
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

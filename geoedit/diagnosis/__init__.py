@@ -1,4 +1,4 @@
-"""Will a straight edit work? Predicted at every site before anything is edited, then checked by running it."""
+"""Will a straight edit work? Predicted at every site before any edit, then checked by making it."""
 
 from geoedit.diagnosis.result import Diagnosis, Expectation, Predictor, SiteSummary
 from geoedit.diagnosis.run import diagnose

@@ -108,6 +108,78 @@ def linear_outputs(
     return torch.cat(found) if found else outputs.new_zeros(0, outputs.shape[1])
 
 
+def carried_share(
+    outputs: Float[Tensor, "rows k"],
+    factor: Float[Tensor, "rows k width"],
+    states: Float[Tensor, "rows width"],
+    groups: Int[Tensor, " rows"],
+) -> Float[Tensor, ""]:
+    """Return how much of the outputs' change from one value to another passes through the site, in [0, 1].
+
+    A prompt holds its value at other tokens and in other streams too; an edit at one site moves only what
+    passes there. For rows v, w of different groups the site moves the outputs by `|x_w - x_v|_g` (to first
+    order, mean square of both ends), while they differ by `|z_w - z_v|` (both in root mean squares over the
+    k outputs): the share is the median over pairs of the ratio, cut at 1. The size is compared and not the
+    direction, because gradients turn along the way long before they fade.
+
+    Args:
+        outputs: what the network gives for each row, centred over k.
+        factor: of the metric: gradients of `outputs`, over the square root of k.
+        states: of each row.
+        groups: rows of one group are not compared.
+    """
+    images = torch.einsum("vkd,wd->vkw", factor, states)
+    own = torch.einsum("vkd,vd->vk", factor, states)
+    squared = (images - own[:, :, None]).square().sum(1)
+    moved = ((squared + squared.T) / 2).sqrt()
+    differ = torch.cdist(outputs, outputs) / outputs.shape[1] ** 0.5
+    compared = (groups[:, None] != groups[None, :]) & (differ > 0)
+    if not bool(compared.any()):
+        return outputs.new_zeros(())
+    return (moved[compared] / differ[compared]).clamp(max=1).median()
+
+
+def interpolated_outputs(
+    outputs: Float[Tensor, "rows k"],
+    gradients: Float[Tensor, "rows k width"],
+    states: Float[Tensor, "rows width"],
+    distances: Float[Tensor, "edits rows"],
+    share: Float[Tensor, ""],
+    source: Int[Tensor, " edits"],
+    shift: Float[Tensor, "edits width"],
+) -> Float[Tensor, "edits k"]:
+    """Return the outputs after each edit, interpolated between the rows of the same sentence.
+
+    Every row w is a point where the outputs and their gradients are known, so that they can be carried over
+    to the edited state y = x_a + v; the nearer a row, the more it counts:
+
+        z(y) = sum_w a_w [ f_a + share (f_w - f_a) + J_w (y - x_w) ],   a_w ~ 1 / D_w(y)^2
+
+    `share` turns the outputs of another prompt into what they would be in the prompt of the source, where
+    only the site holds w. At y = x_w all weight is on w. The network is not run at y. Interpolation by
+    inverse squares of distances with gradients: Shepard, ACM National Conference (1968), section 5; here
+    the distances are those of the pulled-back metric.
+
+    Args:
+        outputs: f_w; gradients: J_w, of the outputs; states: x_w.
+        gradients: see `outputs`. states: see `outputs`.
+        distances: D, from `pulled_back_distances`.
+        share: from `carried_share`.
+        source: the row a of each edit. shift: the vector v.
+    """
+    own = torch.einsum("vkd,vd->vk", gradients, states)
+    landed = states[source] + shift
+    floor = (1e-3 * distances.amax(1, keepdim=True)).square() + torch.finfo(distances.dtype).tiny
+    weights = 1 / (distances.square() + floor)
+    weights = weights / weights.sum(1, keepdim=True)
+    found = []
+    for part in torch.arange(len(source), device=source.device).split(CHUNK):
+        near, start = weights[part], outputs[source[part]]
+        step = torch.einsum("vkd,ed->evk", gradients, landed[part]) - own
+        found.append(start + share * (near @ outputs - start) + torch.einsum("ev,evk->ek", near, step))
+    return torch.cat(found) if found else outputs.new_zeros(0, outputs.shape[1])
+
+
 def output_margin(
     outputs: Float[Tensor, "edits answers"], answer: Int[Tensor, " edits"]
 ) -> tuple[Float[Tensor, " edits"], Int[Tensor, " edits"]]:

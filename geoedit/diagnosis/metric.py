@@ -49,14 +49,6 @@ def categorical_factor(
     return rearrange(weights.sqrt(), "v k -> v k 1") * centred
 
 
-def answer_factor(gradients: Float[Tensor, "rows answers width"]) -> Float[Tensor, "rows answers width"]:
-    """Return the factor that averages outer products of the answers' log-probability gradients, all alike.
-
-    `F_k = grad log p(k) / sqrt(K)` with p over the whole vocabulary: the Fisher metric with uniform labels.
-    """
-    return gradients / gradients.shape[1] ** 0.5
-
-
 def whitening_factor(
     residuals: Float[Tensor, "rows width"], shrinkage: float
 ) -> tuple[Float[Tensor, "rank width"], float]:

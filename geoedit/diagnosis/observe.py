@@ -21,7 +21,7 @@ from geoedit.site import Site
 
 @dataclass(frozen=True)
 class Observed:
-    """What the model said after each edit: its most likely next token, and the wanted one's log-odds (nats)."""
+    """What the model said after each edit: its likeliest next token, and the wanted one's log-odds (nats)."""
 
     token: Int[Tensor, " edits"]
     log_odds: Float[Tensor, " edits"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,29 +11,38 @@ from torch import Tensor
 
 from geoedit.diagnosis.landing import (
     Margin,
+    carried_share,
     chord_cosines,
     euclidean_distances,
+    interpolated_outputs,
     linear_outputs,
     margins,
     output_margin,
     pulled_back_distances,
 )
-from geoedit.diagnosis.metric import answer_factor, sampled_factor, whitening_factor
+from geoedit.diagnosis.metric import categorical_factor, sampled_factor, whitening_factor
 from geoedit.diagnosis.result import Predictor
 
 LANDING = Predictor(
     "landing",
     "landing",
-    "Logit of the target's answer minus the largest other, in nats, where the rest of the network, "
-    "straightened between source and target, carries the edited state: z = f(x) + (J_source + J_target)/2 · "
-    "v.",
+    "Logit of the target's answer minus the largest other (any other word included), in nats, where the "
+    "edited state lands: outputs and gradients of all values' prompts in the same sentence, carried over to "
+    "it and weighed by inverse squares of their distance in the Fisher metric of the answers, counting only "
+    "the share of the change that passes through the site.",
+)
+LINEAR = Predictor(
+    "linear",
+    "one straight step",
+    "The same logit margin from source and target alone: the outputs at the source plus the mean of both "
+    "gradients times the vector.",
 )
 FISHER = Predictor(
     "fisher",
     "Fisher, answers",
     "Where the edited state lies among the states of the same sentence: distance to the nearest other value "
-    "minus distance to the target, in the Fisher metric with the concept's answers as labels, all alike, so "
-    "that it keeps sight where the model is sure. Mean of the metrics at source and target.",
+    "minus distance to the target, in the Fisher metric of the concept's answers weighed alike, so that it "
+    "keeps sight where the model is sure. Mean of the metrics at source and target.",
 )
 FISHER_SAMPLED = Predictor(
     "fisher_sampled",
@@ -118,7 +126,7 @@ def predictors(gradients: Gradients) -> tuple[Predictor, ...]:
     """Which predictors these gradients allow; the first is the default."""
     found: list[Predictor] = []
     if gradients.answers is not None:
-        found += [LANDING, FISHER]
+        found += [LANDING, LINEAR, FISHER]
     if gradients.sampled is not None:
         found.append(FISHER_SAMPLED)
     if gradients.output is not None:
@@ -157,47 +165,60 @@ def predict(
         edits: what is to be judged.
     """
     shift = shifts(means, edits)
-    distances: dict[Predictor, Callable[[_Frame], Float[Tensor, "edits rows"]]] = {
-        EUCLIDEAN: lambda frame: euclidean_distances(frame.states, frame.source, frame.shift)
-    }
-    for predictor, factor in _factors(gradients).items():
-        distances[predictor] = lambda frame, factor=factor: pulled_back_distances(  # type: ignore[misc]
-            factor[frame.rows], frame.states, frame.source, frame.target, frame.shift
-        )
-    default = predictors(gradients)[0]
-    columns = {
-        predictor.column: torch.full((len(shift),), torch.nan, dtype=states.dtype)
-        for predictor in predictors(gradients)
-    }
+    available = predictors(gradients)
+    columns = {entry.column: torch.full((len(shift),), torch.nan, dtype=states.dtype) for entry in available}
     rival = torch.full((len(shift),), -1, dtype=torch.long)
+    factors = _factors(gradients)
     for template in rows.template[edits.source].unique():
         frame = _Frame.of(template, states, shift, rows, edits)
-        for predictor, distance in distances.items():
-            margin = margins(distance(frame), frame.group, frame.target)
+        distances = {EUCLIDEAN: euclidean_distances(frame.states, frame.source, frame.shift)}
+        for predictor, factor in factors.items():
+            distances[predictor] = pulled_back_distances(
+                factor[frame.rows], frame.states, frame.source, frame.target, frame.shift
+            )
+        for predictor, found in distances.items():
+            margin = margins(found, frame.group, frame.target)
             columns[predictor.column][frame.edits] = margin.gap
-            if predictor is default or (default is LANDING and predictor is FISHER):
+            if predictor is available[0]:
                 rival[frame.edits] = frame.rows[margin.rival]
         columns[COSINE.column][frame.edits] = chord_cosines(
             frame.states, frame.source, frame.target, frame.shift
         )
+        if FISHER in distances and rows.answers is not None and gradients.answers is not None:
+            landed = _landed(frame, distances[FISHER], factors[FISHER], rows.answers, gradients.answers)
+            wanted = frame.group[frame.target]
+            columns[LANDING.column][frame.edits], best = output_margin(landed, wanted)
+            rival[frame.edits] = frame.row_of(best)
+    if rows.answers is not None and gradients.answers is not None and edits.answer is not None:
+        straight = linear_outputs(rows.answers, gradients.answers, edits.source, edits.target, shift)
+        columns[LINEAR.column] = output_margin(straight, edits.answer)[0]
     columns[NORM.column] = shift.norm(dim=1)
     columns[MAHALANOBIS.column] = _mahalanobis(states, means, shift, rows, edits).gap
-    if gradients.answers is not None and rows.answers is not None and edits.answer is not None:
-        landed = linear_outputs(rows.answers, gradients.answers, edits.source, edits.target, shift)
-        columns[LANDING.column], best = output_margin(landed, edits.answer)
-        rival = _value_of_answer(best, rows, edits)
     return Predictions(columns, rival)
 
 
 def _factors(gradients: Gradients) -> dict[Predictor, Float[Tensor, "rows rank width"]]:
     found = {}
     if gradients.answers is not None:
-        found[FISHER] = answer_factor(gradients.answers[:, :-1])
+        answers = gradients.answers[:, :-1]
+        alike = torch.zeros(answers.shape[:2], dtype=answers.dtype, device=answers.device)
+        found[FISHER] = categorical_factor(answers, alike, float("inf"))
     if gradients.sampled is not None:
         found[FISHER_SAMPLED] = sampled_factor(gradients.sampled)
     if gradients.output is not None:
         found[GAUSSIAN] = sampled_factor(gradients.output)
     return found
+
+
+def _landed(
+    frame: _Frame, distances: Tensor, factor: Tensor, answers: Tensor, gradients: Tensor
+) -> Float[Tensor, "edits k"]:
+    outputs = answers[frame.rows]
+    centred = outputs[:, :-1] - outputs[:, :-1].mean(1, keepdim=True)
+    share = carried_share(centred, factor[frame.rows], frame.states, frame.group)
+    return interpolated_outputs(
+        outputs, gradients[frame.rows], frame.states, distances, share, frame.source, frame.shift
+    )
 
 
 @dataclass(frozen=True)
@@ -221,6 +242,11 @@ class _Frame:
         source, target = place[edits.source[chosen]], place[edits.target[chosen]]
         return cls(inside, states[inside], rows.group[inside], chosen, source, target, shift[chosen])
 
+    def row_of(self, group: Int[Tensor, " edits"]) -> Int[Tensor, " edits"]:
+        """The first prompt of the template in each of these groups; -1 where none is."""
+        same = self.group[None, :] == group[:, None]
+        return torch.where(same.any(1), self.rows[same.int().argmax(1)], -1)
+
 
 def _mahalanobis(states: Tensor, means: Tensor, shift: Tensor, rows: Rows, edits: Edits) -> Margin:
     residuals = states - means[rows.value]
@@ -237,15 +263,3 @@ def _mahalanobis(states: Tensor, means: Tensor, shift: Tensor, rows: Rows, edits
     squared = squared - torch.cdist(landed @ factor.T, means.double() @ factor.T).square()
     found = margins(squared.clamp_min(0).sqrt(), torch.arange(rows.values), rows.value[edits.target])
     return Margin(found.gap.to(states.dtype), found.relative.to(states.dtype), found.rival)
-
-
-def _value_of_answer(answer: Int[Tensor, " edits"], rows: Rows, edits: Edits) -> Int[Tensor, " edits"]:
-    """The first row of the edit's template whose answer this is; -1 where none has it."""
-    first: dict[tuple[int, int], int] = {}
-    keys: Sequence[tuple[int, int]] = list(zip(rows.template.tolist(), rows.group.tolist(), strict=True))
-    for row, key in enumerate(keys):
-        first.setdefault(key, row)
-    templates = rows.template[edits.source].tolist()
-    return torch.tensor(
-        [first.get(key, -1) for key in zip(templates, answer.tolist(), strict=True)], dtype=torch.long
-    )

@@ -35,7 +35,7 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Reliability of predicted probabilities: the bins, their mean gap (weighted by count), the Brier score."""
+    """Reliability of predicted probabilities: the bins, their mean gap (by count), the Brier score."""
 
     bins: tuple[CalibrationBin, ...]
     expected_error: float

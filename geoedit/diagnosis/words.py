@@ -64,8 +64,8 @@ def notes(landing: bool, applied: bool, plan: Plan, drawn_templates: bool) -> tu
     ]
     if landing:
         found.append(
-            "The prediction straightens the network between source and target. Far from both (large scales, "
-            "vectors from elsewhere) it sees less than it seems to."
+            "The prediction interpolates between the states that the values leave in the same sentence. "
+            "Far from all of them (large scales, vectors from elsewhere) it sees less than it seems to."
         )
         found.append(
             "The probability is a fixed logistic of the margin, set once on other concepts; how far it "

@@ -35,7 +35,10 @@ def verdict(diagnosis: Diagnosis) -> Verdict:
             f"Partly: at the best site, {best_site}, {_share(best)} of the straight edits of {name} {seen}."
         )
     else:
-        headline = f"No: even at the best site, {best_site}, only {_share(best)} of the straight edits of {name} {seen}."
+        headline = (
+            f"No: even at the best site, {best_site}, only {_share(best)} of the straight edits "
+            f"of {name} {seen}."
+        )
     lines = []
     if REUSED_VECTOR in kinds:
         rates = kinds[REUSED_VECTOR].groupby("site", sort=False)["rate"].mean()
