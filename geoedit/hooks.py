@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from geoedit.anatomy import Location, anatomy
 from geoedit.errors import EditError
 from geoedit.passes import Pass, Watch, resolve, unwatch, watch
 from geoedit.site import Site
-from geoedit.tokens import ValueIds, check_phase, select
+from geoedit.tokens import check_phase, select
 
 Function = Callable[[Tensor, Tensor, Pass], Tensor | None]
 """From states (batch, tokens, width), selected (batch, tokens) and the pass to new states, or None."""
@@ -74,7 +74,7 @@ class Handle:
         place: Location,
         function: Function,
         phase: str,
-        value_ids: ValueIds | None,
+        value_ids: Sequence[Sequence[int]] | None,
         positions: Tensor | None,
     ) -> None:
         self.site = site
@@ -203,11 +203,11 @@ class Handle:
     def _recall(self, states: Tensor) -> Pass:
         """Build the pass; or find it again, when a checkpoint runs a piece of the model anew."""
         *around, own = self._watches
-        if not any(found.running for found in around) and _in_backward():
+        frames = [frame for frame in (found.running for found in around) if frame is not None]
+        if _in_backward() and not any(frame.entry for frame in frames):
             return self._known_again(states)
         this_pass = resolve(around, own, states)
-        frames = [found.running for found in self._watches]
-        if any(frame.grad for frame in frames if frame is not None):
+        if any(frame.grad for frame in frames):
             self._seen.append(_Seen(this_pass, tuple(states.shape), _sample(states)))
         return this_pass
 
@@ -237,7 +237,7 @@ def intercept(
     function: Function,
     *,
     phase: str = "both",
-    value_ids: ValueIds | None = None,
+    value_ids: Sequence[Sequence[int]] | None = None,
     positions: Tensor | None = None,
     location: Location | None = None,
 ) -> Handle:
@@ -265,9 +265,25 @@ def intercept(
             f"{site} needs to know how the values are spelled in ids: give value_ids,"
             " for instance spellings(tokenizer, values)."
         )
-    if location is None:
-        location = anatomy(model).locate(site)
+    location = location or find(model, site)
     return Handle(model, site, location, function, phase, value_ids, positions)
+
+
+def find(model: nn.Module, site: Site) -> Location:
+    """Find a site's location; one that names its module is found even in a model that has no anatomy.
+
+    Raises:
+        EditError: the site does not exist in the model.
+    """
+    try:
+        known = anatomy(model)
+    except EditError:
+        path, _, side = (site.module or "").partition(":")
+        modules = dict(model.named_modules())
+        if path not in modules or side not in ("", "input"):
+            raise
+        return Location(path, modules[path], "input" if side else "output", width=0)
+    return known.locate(site)
 
 
 def _around(model: nn.Module, place: Location) -> list[nn.Module]:

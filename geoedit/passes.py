@@ -7,13 +7,14 @@ called with. `watch` reads those arguments while a module runs; `resolve` puts t
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,11 +92,13 @@ class Generation:
         """Take note of one pass of the generating model, before it runs."""
         if frame.tokens is None:
             return
+        if frame.decoder:  # generate was given the encoder's tokens
+            self.ids = self.mask = self.length = None
         tokens = frame.tokens[1]
         past = self.consumed if frame.past is None else frame.past
         total = past + tokens
         if self.prompt_length is None:
-            if self.length is None or frame.decoder:
+            if self.length is None:
                 self.prompt_length = total
             elif self.assisted:
                 self.prompt_length = self.length
@@ -113,51 +116,62 @@ class _Local(threading.local):
         self.last: Frame | None = None
         self.generations: list[Generation] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
+        return _Local()
 
-@dataclass(eq=False)
+
 class Watch:
     """The calls of one module that are running now; shared by everything that is attached to it."""
 
-    module: weakref.ref[nn.Module]
-    local: _Local = field(default_factory=_Local)
-    users: int = 0
-    undo: list[Callable[[], None]] = field(default_factory=list)
+    def __init__(self, module: nn.Module) -> None:
+        self.users = 0
+        self._local = _Local()
+        self._undo = [
+            module.register_forward_pre_hook(self._enter, with_kwargs=True).remove,
+            module.register_forward_hook(self._leave, always_call=True).remove,
+        ]
+        if callable(getattr(type(module), "generate", None)):
+            self._undo.append(_Generate(module, self._local).restore)
 
     @property
     def running(self) -> Frame | None:
         """The innermost call that has not returned."""
-        return self.local.frames[-1] if self.local.frames else None
+        return self._local.frames[-1] if self._local.frames else None
 
     @property
     def latest(self) -> Frame | None:
         """The call that is running, or else the one that ended last."""
-        return self.running or self.local.last
+        return self.running or self._local.last
 
     @property
     def generation(self) -> Generation | None:
         """The call of `generate` that is running."""
-        return self.local.generations[-1] if self.local.generations else None
+        return self._local.generations[-1] if self._local.generations else None
+
+    def remove(self) -> None:
+        """Take the hooks out and put `generate` back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        frame = read_frame(module, args, kwargs)
+        if self.generation is not None:
+            self.generation.observe(frame)
+        self._local.frames.append(frame)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._local.frames:
+            self._local.last = self._local.frames.pop()
 
 
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
-
-
-def _run_back(undo: list[Callable[[], None]]) -> None:
-    while undo:
-        undo.pop()()
 
 
 def watch(module: nn.Module) -> Watch:
     """Start to follow the calls of a module, and of its `generate`, or join whoever follows them already."""
     found = _watches.get(module)
     if found is None:
-        found = Watch(weakref.ref(module))
-        enter, leave = _calls(found.local)
-        found.undo.append(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        found.undo.append(module.register_forward_hook(leave, always_call=True).remove)
-        if callable(getattr(type(module), "generate", None)):
-            found.undo.append(_follow_generate(module, found.local))
-        _watches[module] = found
+        found = _watches[module] = Watch(module)
     found.users += 1
     return found
 
@@ -168,21 +182,7 @@ def unwatch(module: nn.Module) -> None:
     found.users -= 1
     if found.users == 0:
         del _watches[module]
-        _run_back(found.undo)
-
-
-def _calls(local: _Local) -> tuple[Callable[..., None], Callable[..., None]]:
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        frame = read_frame(module, args, kwargs)
-        if local.generations:
-            local.generations[-1].observe(frame)
-        local.frames.append(frame)
-
-    def leave(module: nn.Module, args: tuple, output: object) -> None:
-        if local.frames:
-            local.last = local.frames.pop()
-
-    return enter, leave
+        found.remove()
 
 
 @functools.lru_cache(maxsize=512)
@@ -262,33 +262,55 @@ def _past(values: dict[str, Any]) -> int | None:
     return None
 
 
-def _follow_generate(module: nn.Module, local: _Local) -> Callable[[], None]:
-    original: Callable[..., Any] = module.generate  # type: ignore[assignment]
-    had = module.__dict__.get("generate")
+def _generate_of(module: nn.Module) -> Callable[..., Any]:
+    """The `generate` of a model's class, or None."""
+    return getattr(type(module), "generate", None)  # type: ignore[return-value]
 
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        local.generations.append(_read_generation(module, original, args, kwargs))
+
+class _Generate:
+    """Stands in for a model's `generate`, so that the passes inside know their prompt."""
+
+    def __init__(self, module: nn.Module, local: _Local) -> None:
+        self._module = weakref.ref(module)  # a strong one would keep a forgotten model alive
+        self._before = module.__dict__.get("generate")
+        self._local = local
+        functools.update_wrapper(self, _generate_of(module))
+        self.__signature__ = _signature(_generate_of(module))
+        module.__dict__["generate"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        if module is None:
+            raise EditError("The model of this generate() is gone.")
+        generate = self._before or functools.partial(_generate_of(module), module)
+        self._local.generations.append(_read_generation(module, args, kwargs))
         try:
-            return original(*args, **kwargs)
+            return generate(*args, **kwargs)
         finally:
-            local.generations.pop()
+            self._local.generations.pop()
 
-    module.__dict__["generate"] = generate
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
+        """In a copy of the model, the copy's own `generate`."""
+        made = copy.copy(self)
+        module = self._module()
+        if module is not None:
+            made._module = weakref.ref(memo.get(id(module), module))
+        made._local = copy.deepcopy(self._local, memo)
+        return made
 
-    def restore() -> None:
-        if had is None:
+    def restore(self) -> None:
+        """Put back what was there."""
+        module = self._module()
+        if module is None:
+            return
+        if self._before is None:
             module.__dict__.pop("generate", None)
         else:
-            module.__dict__["generate"] = had
-
-    return restore
+            module.__dict__["generate"] = self._before
 
 
-def _read_generation(
-    module: nn.Module, generate: Callable, args: tuple, kwargs: dict[str, Any]
-) -> Generation:
-    signature = _signature(getattr(generate, "__func__", generate))
+def _read_generation(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Generation:
+    signature = _signature(_generate_of(module))
     names = [
         name for name in (signature.parameters if signature else ()) if name not in ("self", "args", "kwargs")
     ]

@@ -38,7 +38,7 @@ def select(
     token: str | int | TokenChooser,
     *,
     phase: str = "both",
-    value_ids: ValueIds | None = None,
+    value_ids: Sequence[Sequence[int]] | None = None,
     positions: Tensor | None = None,
 ) -> Bool[Tensor, "batch tokens"]:
     """Mark the tokens of a pass that a site means.
@@ -70,7 +70,10 @@ def select(
 
 
 def _in_prompt(
-    this_pass: Pass, token: str | int | TokenChooser, value_ids: ValueIds | None, positions: Tensor | None
+    this_pass: Pass,
+    token: str | int | TokenChooser,
+    value_ids: Sequence[Sequence[int]] | None,
+    positions: Tensor | None,
 ) -> Tensor:
     real = this_pass.prompt_mask
     if real is None:

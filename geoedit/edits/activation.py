@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -12,16 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from geoedit.anatomy import anatomy
 from geoedit.edits.base import Edit, Work
 from geoedit.edits.io import from_json, to_json
 from geoedit.errors import EditError
 from geoedit.fingerprint import Fingerprint
 from geoedit.fingerprint import fingerprint as fingerprint_of
-from geoedit.hooks import Tally, intercept
+from geoedit.hooks import Tally, find, intercept
 from geoedit.passes import Pass
 from geoedit.site import Site
-from geoedit.tokens import ValueIds, check_phase
+from geoedit.tokens import check_phase
 
 AnyActivationEdit = TypeVar("AnyActivationEdit", bound="ActivationEdit")
 
@@ -40,7 +39,7 @@ class Selected:
     rows: Int[Tensor, " selected"]
     positions: Int[Tensor, " selected"]
     batch: int
-    scale: float | Tensor
+    scale: float | int | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +78,9 @@ class ActivationEdit(Edit):
 
     site: Site
     _: KW_ONLY
-    scale: float | Tensor = 1.0
+    scale: float | int | Tensor = 1.0
     phase: str = "both"
-    value_ids: ValueIds | None = None
+    value_ids: Sequence[Sequence[int]] | None = None
     fingerprint: Fingerprint | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -132,7 +131,7 @@ class ActivationEdit(Edit):
         named = ((each.name, getattr(self, each.name)) for each in fields(self))
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
-    def with_scale(self: AnyActivationEdit, scale: float | Tensor) -> AnyActivationEdit:
+    def with_scale(self: AnyActivationEdit, scale: float | int | Tensor) -> AnyActivationEdit:
         """The same edit at another scale."""
         return replace(self, scale=scale)
 
@@ -200,7 +199,7 @@ class _Running(Work):
     """An activation edit at work on one model."""
 
     def __init__(self, edit: ActivationEdit, model: nn.Module) -> None:
-        location = anatomy(model).locate(edit.site)
+        location = find(model, edit.site)
         if location.width:
             edit.check_width(location.width)
         self.edit = edit
@@ -302,7 +301,7 @@ class _Running(Work):
         return f"the change was lost to rounding in {self.dtype}; raise the scale or run the model in float32"
 
 
-def _scale_for(edit: ActivationEdit, rows: Tensor, batch: int) -> float | Tensor:
+def _scale_for(edit: ActivationEdit, rows: Tensor, batch: int) -> float | int | Tensor:
     scale = edit.scale
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale

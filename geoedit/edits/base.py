@@ -83,7 +83,7 @@ class Edit(ABC):
     """
 
     kind: ClassVar[str | None] = None
-    scale: float | Tensor
+    scale: float | int | Tensor
 
     def __init_subclass__(cls, kind: str | None = None, **others: Any) -> None:
         super().__init_subclass__(**others)
@@ -96,7 +96,7 @@ class Edit(ABC):
         """Begin to work on a model; `attach` calls it."""
 
     @abstractmethod
-    def with_scale(self: AnyEdit, scale: float | Tensor) -> AnyEdit:
+    def with_scale(self: AnyEdit, scale: float | int | Tensor) -> AnyEdit:
         """The same edit at another scale."""
 
     @abstractmethod

@@ -23,7 +23,7 @@ class Compose(Edit, kind="compose"):
     """
 
     edits: tuple[Edit, ...]
-    scale: float | Tensor = 1.0  # what with_scale multiplies; the edits keep their own scales
+    scale: float | int | Tensor = 1.0  # what with_scale multiplies; the edits keep their own scales
 
     def __init__(self, edits: Iterable[Edit]) -> None:
         parts: list[Edit] = []
@@ -44,7 +44,7 @@ class Compose(Edit, kind="compose"):
             raise
         return _Together(works)
 
-    def with_scale(self, scale: float | Tensor) -> Compose:
+    def with_scale(self, scale: float | int | Tensor) -> Compose:
         """Every edit's own scale, multiplied by one number."""
         return Compose(edit.with_scale(edit.scale * scale) for edit in self.edits)
 

@@ -55,6 +55,6 @@ class Patch(ActivationEdit, kind="patch"):
                 f"{self}: there are states for {self.states.shape[0]} rows, but the batch has {at.batch};"
                 " give one state a row, or a single one for all."
             )
-        if isinstance(at.scale, float) and at.scale == 1.0:
+        if not isinstance(at.scale, Tensor) and at.scale == 1:
             return given
         return states + at.scale * (given - states)

@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geoedit.activations import Activations, Statistics
 from geoedit.edits.activation import ActivationEdit, Selected
 from geoedit.errors import EditError
 from geoedit.fingerprint import Fingerprint
 from geoedit.site import Site
+
+Means = Statistics | Activations | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +49,7 @@ class SwapMeans(ActivationEdit, kind="swap-means"):
             )
 
     @classmethod
-    def between(cls, means: Any, source: str, target: str, *, site: Site, **others: Any) -> SwapMeans:
+    def between(cls, means: Means, source: str, target: str, *, site: Site, **others: Any) -> SwapMeans:
         """Make the edit from the means of two values.
 
         Args:
@@ -76,16 +79,16 @@ class SwapMeans(ActivationEdit, kind="swap-means"):
         return "its source and its target are the same" if bool((self.source == self.target).all()) else None
 
 
-def _mean(means: Any, site: Site, value: str) -> Tensor:
-    if callable(getattr(means, "mean", None)):  # statistics
+def _mean(means: Means, site: Site, value: str) -> Tensor:
+    if isinstance(means, Statistics):
         return means.mean(site, value)
-    if isinstance(means, Mapping) and value in means:
-        return means[value]
-    values = getattr(means, "values", None)
-    if isinstance(means, Mapping) and not callable(values) and values is not None:  # activations
-        rows = torch.tensor([each == value for each in values])
-        if not bool(rows.any()):
-            raise EditError(f"No prompt has the value {value!r}; there are {sorted(set(map(str, values)))}.")
-        return means[site][rows].mean(0)
-    known = sorted(map(str, means)) if isinstance(means, Mapping) else type(means).__name__
-    raise EditError(f"There is no mean for {value!r}; there are {known}.")
+    if isinstance(means, Activations):
+        wanted = torch.tensor([label == value for label in means.labels])
+        rows = means[site][wanted[means.rows(site).cpu()]]
+        if rows.shape[0] == 0:
+            known = sorted({str(label) for label in means.labels})
+            raise EditError(f"No prompt shows the value {value!r}; there are {known}.")
+        return rows.mean(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    if value not in means:
+        raise EditError(f"There is no mean for {value!r}; there are {sorted(means)}.")
+    return means[value]
