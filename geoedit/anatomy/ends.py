@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from geoedit.anatomy.kinds import adapted, is_norm, is_projection, rows, same_values
 from geoedit.anatomy.parts import Stack
-from geoedit.anatomy.probe import adapted, is_norm, is_projection, rows, same_values
 from geoedit.anatomy.trace import Call, Recording
 from geoedit.errors import EditError
 

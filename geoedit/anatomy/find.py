@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from geoedit.anatomy.ends import embedding, feeds, final_norm, output_of, token_table, unembedding, within
 from geoedit.anatomy.heads import count_heads
 from geoedit.anatomy.inputs import Inputs, attempts, given
+from geoedit.anatomy.kinds import is_projection, rows
 from geoedit.anatomy.parts import HOW_TO_NAME, Anatomy, Block, Location, Stack
-from geoedit.anatomy.probe import Addend, Findings, is_projection, probe, rows
+from geoedit.anatomy.probe import Addend, Findings, probe
 from geoedit.anatomy.trace import Call, Recording, input_tensor, recording, undisturbed
 from geoedit.errors import EditError
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geoedit.anatomy.kinds import adapted, is_norm, is_projection, rows, same_values
 from geoedit.anatomy.trace import (
     Call,
     Recording,
@@ -45,58 +46,6 @@ class Findings:
     why: Mapping[str, str] = field(default_factory=dict)
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """Flatten all axes but the last."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def same_values(a: Tensor | None, b: Tensor | None) -> bool:
-    """Say whether two tensors hold the same numbers in the same order, whatever their shapes."""
-    return (
-        a is not None
-        and b is not None
-        and a.numel() == b.numel()
-        and torch.equal(a.reshape(-1), b.reshape(-1).to(a))
-    )
-
-
-def is_projection(module: nn.Module) -> bool:
-    """Say whether a module is a matrix of weights (dense, transposed, quantised, or with an adapter)."""
-    if isinstance(getattr(module, "base_layer", None), nn.Module):
-        return not isinstance(module.base_layer, nn.Embedding)
-    if isinstance(module, nn.Embedding):
-        return False
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    sizes = {t.ndim for t in own}
-    return 2 in sizes and max(sizes) == 2 and not any(True for _ in module.children())
-
-
-def adapted(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Return the paths inside modules that wrap another one (adapters)."""
-    wrappers = [p for p, m in modules.items() if p and isinstance(getattr(m, "base_layer", None), nn.Module)]
-    return {p for p in modules for w in wrappers if p.startswith(f"{w}.")}
-
-
-def is_norm(module: nn.Module, width: int, like: Tensor) -> bool:
-    """Say whether a module normalises: an input three times as large gives the same output."""
-    if any(
-        is_projection(m) or isinstance(m, (nn.Embedding, nn.modules.conv._ConvNd)) for m in module.modules()
-    ):
-        return False
-    if any(p.ndim > 1 and p.numel() > width for p in module.parameters()):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x = 10 * torch.randn((1, 3, width), generator=generator).to(like.device, like.dtype)
-    try:
-        small, large = first_tensor(module(x)), first_tensor(module(3 * x))
-    except Exception:
-        return False
-    if small is None or large is None or small.shape != x.shape or not small.is_floating_point():
-        return False
-    tolerance = max(4 * torch.finfo(small.dtype).eps, 1e-4) * small.abs().max()
-    return bool((small - large).abs().max() <= tolerance) and bool(small.abs().max() > 0)
-
-
 class BlockProbe:
     """Runs one block again and again on the same input with small changes."""
 
@@ -106,20 +55,28 @@ class BlockProbe:
             raise ValueError("the block takes no tensor")
         self.block, self.args, self.kwargs, self.state = block, args, kwargs, state
         self.modules = {path: module for path, module in block.named_modules() if path}
-        # Another seed than that of any inputs: a touch parallel to the state itself would be lost in a norm.
-        generator = torch.Generator().manual_seed(24301)
-        noise = torch.randn(state.shape, generator=generator).to(state.device, state.dtype)
-        size = rows(state).float().pow(2).mean(-1).sqrt().clamp_min(1e-3).to(state.dtype)
-        self.noise = noise * size.reshape(*state.shape[:-1], 1)
+        self.output, self.base = self.run()
+        self.noise = self._noise()
         self.touched = torch.zeros_like(rows(state))
         self.touched[::2] = rows(self.noise)[::2]
         self.touched = self.touched.reshape(state.shape)
         half = torch.finfo(state.dtype).bits < 32
         self.small, self.proportional = (4 * torch.finfo(state.dtype).eps, 0.05) if half else (3e-6, 2e-3)
-        self.output, self.base = self.run()
         self.calls = self.base.by_path()
         self.projections = {p for p in self.calls if is_projection(self.modules[p])} - adapted(self.modules)
         self.norms = {p for p, c in self.calls.items() if p not in self.projections and self._norm(c[0])}
+
+    def _noise(self) -> Tensor:
+        """Draw noise of four times each row's size, so that what is added survives rounding."""
+        state = self.state
+        # Another seed than that of any inputs: a touch parallel to the state itself would be lost in a norm.
+        generator = torch.Generator().manual_seed(24301)
+        noise = torch.randn(state.shape, generator=generator).to(state.device)
+        size = rows(state).float().pow(2).mean(-1).sqrt()
+        if self.output.shape == state.shape:
+            size = torch.maximum(size, rows(self.output).float().pow(2).mean(-1).sqrt().to(size.device))
+        size = (4 * size).clamp(1e-3, torch.finfo(state.dtype).max / 16)
+        return (noise * size.reshape(*state.shape[:-1], 1)).to(state.dtype)
 
     def _norm(self, call: Call) -> bool:
         if call.input is None or call.output is None or call.input.shape != call.output.shape:
@@ -157,7 +114,10 @@ class BlockProbe:
         if before is None or after is None or before.shape != after.shape or not before.is_floating_point():
             return 0.0
         change = rows((after.float() - before.float()).abs()).amax(-1)
-        return float((change > self.small * before.float().abs().max().clamp_min(1e-30)).float().mean())
+        size = rows(before.float().abs()).amax(-1)
+        return float(
+            (change > self.small * torch.maximum(size, 1e-3 * size.max()).clamp_min(1e-30)).float().mean()
+        )
 
     def ratio(self, moved: Tensor, by: Tensor) -> float | None:
         """Return c where moved = c * by, or None where no such number exists."""

@@ -126,6 +126,15 @@ def test_precision_does_not_change_the_places(dtype: torch.dtype, build: Any, de
     assert str(anatomy(build().to(device, dtype))) == str(anatomy(build()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_that_add_far_more_than_they_were_given(dtype: torch.dtype, device: torch.device) -> None:
+    """In wide models the first block adds hundreds of times the embedding, which rounding then swallows."""
+    model = llama(initializer_range=0.5)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.01)
+    assert str(anatomy(model.to(device, dtype))) == str(anatomy(llama()))
+
+
 def test_one_head_is_its_slice_of_the_heads(device: torch.device) -> None:
     """Zeroing what feeds one key-value head silences exactly the two query heads that share it."""
     model = llama().to(device)
