@@ -2,4 +2,4 @@
 
 
 class EditError(ValueError):
-    """Something about a model, a site, a concept or an edit does not fit; the message says what and how to mend it."""
+    """A model, a site, a concept or an edit does not fit; the message says what, why and how to mend it."""

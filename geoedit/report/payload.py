@@ -9,6 +9,7 @@ import pandas as pd
 
 from geoedit.diagnosis.result import ALL_SITES, Diagnosis
 from geoedit.diagnosis.scores import roc_curve
+from geoedit.report.terminal import overall_and_within
 from geoedit.report.verdict import verdict
 
 CURVE_POINTS = 120
@@ -29,6 +30,10 @@ def payload(diagnosis: Diagnosis) -> dict[str, Any]:
         "kinds": [str(kind) for kind in dict.fromkeys(table["edit"])],
         "scales": sorted({float(scale) for scale in table["scale"]}),
         "sites": [_site(diagnosis, entry.label) | _shape(entry) for entry in diagnosis.sites],
+        "within": {
+            predictor.column: _number(overall_and_within(diagnosis, predictor.column)[1])
+            for predictor in diagnosis.predictors
+        },
         "overall": _rankings(diagnosis, ALL_SITES if len(diagnosis.sites) > 1 else diagnosis.sites[0].label),
         "roc": {
             predictor.column: _curve(overall, predictor.column)

@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -7,47 +7,71 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from geoedit.diagnosis.result import Diagnosis, Expectation
+from geoedit.diagnosis.plan import MEAN_DIFFERENCE, REUSED_VECTOR
+from geoedit.diagnosis.result import ALL_SITES, Diagnosis, Expectation
+
+SHORT = {MEAN_DIFFERENCE: "means", REUSED_VECTOR: "reused"}
 
 
 def site_table(diagnosis: Diagnosis) -> Table:
-    """Return one line a site: how many edits succeed, foreseen and seen, and the AUROC of each predictor."""
-    table = Table(title=None, header_style="bold", pad_edge=False)
-    table.add_column("site")
-    table.add_column("edits", justify="right")
-    table.add_column("foreseen", justify="right")
-    if diagnosis.applied:
-        table.add_column("seen", justify="right")
-        for number, predictor in enumerate(diagnosis.predictors):
-            name = f"{predictor.label}\nAUROC" if number == 0 else predictor.label
-            table.add_column(name, justify="right", overflow="fold")
+    """Return one line a site: how many edits succeed, foreseen and seen, and the default's AUROC."""
+    table = Table(header_style="bold", pad_edge=False)
+    table.add_column("site", no_wrap=True)
+    for name in ("edits", "foreseen", *(("seen", "AUROC (95 %)") if diagnosis.applied else ())):
+        table.add_column(name, justify="right", no_wrap=True)
     for label, rows in diagnosis.summary.groupby("site", sort=False):
         first = rows.iloc[0]
         cells = [str(label), str(first["edits"]), _percent(first["predicted"])]
         if diagnosis.applied:
-            cells.append(_percent(first["observed"]))
-            for number, (_, row) in enumerate(rows.iterrows()):
-                text = _number(row["auroc"])
-                if number == 0 and not math.isnan(row["auroc"]):
-                    text += f" ({_number(row['low'])}–{_number(row['high'])})"
-                cells.append(text)
+            cells += [_percent(first["observed"]), _interval(first["auroc"], first["low"], first["high"])]
         table.add_row(*cells)
     return table
 
 
-def expectation_table(expectations: Sequence[Expectation]) -> Table:
-    """Return one line a site and edit for a single pair of values."""
+def predictor_table(diagnosis: Diagnosis) -> Table:
+    """Return one line a predictor: its AUROC over all sites, and its mean within the sites that have one."""
     table = Table(header_style="bold", pad_edge=False)
-    for name, justify in (("site", "left"), ("edit", "left"), ("foreseen", "right"), ("margin", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left")
+    table.add_column("predictor", no_wrap=True)
+    for name in ("AUROC over all sites (95 %)", "within a site, mean"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for predictor in diagnosis.predictors:
+        whole, within = overall_and_within(diagnosis, predictor.column)
+        table.add_row(predictor.label, _interval(*whole), _number(within))
+    return table
+
+
+def overall_and_within(diagnosis: Diagnosis, column: str) -> tuple[tuple[float, float, float], float]:
+    """Return a predictor's AUROC over all sites with its interval, and the mean of its AUROC at each site.
+
+    Pooling sites rewards knowing which sites work at all; within a site only the edits differ.
+    """
+    rows = diagnosis.summary[diagnosis.summary["predictor"] == column]
+    pooled = rows["site"] == ALL_SITES
+    row = rows[pooled].iloc[0] if pooled.any() else rows.iloc[0]
+    within = float(rows.loc[~pooled, "auroc"].mean())
+    return (float(row["auroc"]), float(row["low"]), float(row["high"])), within
+
+
+def expectation_table(expectations: Sequence[Expectation]) -> Table:
+    """Return a line a site and edit for a single pair of values."""
+    table = Table(header_style="bold", pad_edge=False)
+    table.add_column("site")
+    table.add_column("edit")
+    table.add_column("foreseen", justify="right")
+    table.add_column("margin", justify="right")
     table.add_column("nearest rival")
     table.add_column("seen", justify="right")
     for entry in expectations:
         seen = "–" if entry.observed is None else _percent(entry.observed)
-        table.add_row(
-            entry.site, entry.edit, _percent(entry.probability), f"{entry.margin:+.2f}", entry.nearest, seen
-        )
+        numbers = (_percent(entry.probability), f"{entry.margin:+.2f}")
+        table.add_row(entry.site, entry.edit, *numbers, entry.nearest, seen)
     return table
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{_number(value)} ({_number(low)}–{_number(high)})"
 
 
 def _percent(rate: float) -> str:
@@ -55,4 +79,4 @@ def _percent(rate: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2f}"
+    return "–" if math.isnan(value) else f"{value:.2f}".removeprefix("0")

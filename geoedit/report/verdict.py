@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pandas as pd
 
 from geoedit.diagnosis.plan import MEAN_DIFFERENCE, REUSED_VECTOR
-from geoedit.diagnosis.result import ALL_SITES, Diagnosis
+from geoedit.diagnosis.result import Diagnosis
+from geoedit.report.terminal import overall_and_within
 
 WORKS, FAILS = 0.9, 0.1
 
@@ -63,17 +65,16 @@ def verdict(diagnosis: Diagnosis) -> Verdict:
 
 
 def _foresight(diagnosis: Diagnosis) -> list[str]:
-    default = diagnosis.predictors[0]
-    summary = diagnosis.summary
-    rows = summary[summary["predictor"] == default.column]
-    overall = rows[rows["site"] == ALL_SITES] if (rows["site"] == ALL_SITES).any() else rows
-    row = overall.iloc[0]
+    (value, low, high), within = overall_and_within(diagnosis, diagnosis.predictors[0].column)
     error = diagnosis.calibration().expected_error
-    if pd.isna(row["auroc"]):
+    if pd.isna(value):
         return ["All edits that were run ended alike, so that the prediction's ranking can't be judged."]
+    inside = (
+        "" if pd.isna(within) or len(diagnosis.sites) == 1 else f", {within:.2f} on average within a site"
+    )
     return [
-        "Before any edit was run, the prediction ranked successes above failures with AUROC "
-        f"{row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f}); its probabilities are off by "
+        f"Before any edit was run, the prediction ranked successes above failures with AUROC {value:.2f} "
+        f"({low:.2f} to {high:.2f}) over all sites{inside}; its probabilities are off by "
         f"{100 * error:.0f} points on average."
     ]
 
@@ -93,4 +94,25 @@ def _share(rate: float) -> str:
 
 
 def _count(sites: list[str], total: int) -> str:
-    return f"{len(sites)} of {total} sites: " + "; ".join(sites)
+    return f"{len(sites)} of {total} sites: {'; '.join(join_blocks(sites))}"
+
+
+def join_blocks(sites: list[str]) -> list[str]:
+    """Shorten runs of blocks: "block 0 residual_out @ value", "block 1 residual_out @ value" to one entry."""
+    found: list[tuple[str, list[int]]] = []
+    for site in sites:
+        match = re.fullmatch(r"block (\d+) (.*)", site)
+        rest, number = (match[2], int(match[1])) if match else (site, -1)
+        if match and found and found[-1][0] == rest and found[-1][1] and found[-1][1][-1] == number - 1:
+            found[-1][1].append(number)
+        else:
+            found.append((rest, [number] if match else []))
+    return [_run(rest, numbers) for rest, numbers in found]
+
+
+def _run(rest: str, numbers: list[int]) -> str:
+    if not numbers:
+        return rest
+    if len(numbers) == 1:
+        return f"block {numbers[0]} {rest}"
+    return f"blocks {numbers[0]}–{numbers[-1]} {rest}"

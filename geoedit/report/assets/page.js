@@ -32,7 +32,7 @@
   const tile = (value, text) => { const box = make("div"); box.append(make("dt", text), make("dd", value)); at("tiles").append(box); };
   for (const kind of data.kinds) tile(percent(rate(best, kind)), `of ${kind === "reused vector" ? "reused vectors" : kind + "s"} ${applied ? "succeed" : "expected to succeed"} at ${best.label}`);
   if (applied) {
-    tile(fixed(data.overall[main.column][0], 2), "AUROC of the prediction, all sites");
+    tile(fixed(data.overall[main.column][0], 2), "AUROC of the prediction over all sites" + (data.within[main.column] === null || sites.length < 2 ? "" : `, ${fixed(data.within[main.column], 2)} within a site`));
     tile(`${Math.round(100 * data.calibration.error)} pts`, "mean gap between foreseen and seen rates");
   }
   at("shape-lead").textContent = `Mean state of each value, on the first three principal axes of the means.` + (ordered ? ` The line follows the order of the values${cycle ? " and closes" : ""}.` : "");
@@ -138,7 +138,7 @@
     if (ordered) traces.push({ type: "scatter3d", mode: "lines", x: loop.map((p) => p[0]), y: loop.map((p) => p[1]), z: loop.map((p) => p[2]), line: { color: colour("--soft"), width: 3 }, hoverinfo: "skip" });
     traces.push({ type: "scatter3d", mode: "markers+text", x: points.map((p) => p[0]), y: points.map((p) => p[1]), z: points.map((p) => p[2]), text: shown, hovertext: hover, hoverinfo: "text", textposition: "top center", textfont: { color: colour("--ink"), size: 12 }, marker });
     const old = at("figure-shape")._fullLayout?.scene?._scene?.getCamera?.();
-    return draw("figure-shape", traces, base({ showlegend: false, dragmode: "turntable", margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { xaxis: side(0), yaxis: side(1), zaxis: side(2), aspectmode: "data", camera: old ?? { eye: { x: 1.25, y: 1.25, z: 0.85 } } } }));
+    return draw("figure-shape", traces, base({ showlegend: false, dragmode: "turntable", margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { xaxis: side(0), yaxis: side(1), zaxis: side(2), aspectmode: "data", camera: old ?? { eye: { x: 1.55, y: 1.55, z: 1.0 } } } }));
   }
 
   const pairsAt = (site, kind) => (data.pairs[site.label] || {})[kind] || [];
@@ -187,7 +187,10 @@
     const table = at("auroc-table"), head = make("tr");
     head.append(make("th", "site")); data.predictors.forEach((predictor) => head.append(make("th", predictor.label, "number")));
     const body = make("tbody"), line = (label, auroc) => { const row = make("tr"); row.append(make("td", label)); data.predictors.forEach((p) => { const e = auroc[p.column]; row.append(make("td", e[0] === null ? "–" : `${fixed(e[0], 2)} (${fixed(e[1], 2)} to ${fixed(e[2], 2)})`, "number")); }); body.append(row); };
-    if (sites.length > 1) line("all sites", data.overall);
+    if (sites.length > 1) {
+      line("all sites", data.overall);
+      const row = make("tr"); row.append(make("td", "within a site, mean")); data.predictors.forEach((p) => row.append(make("td", fixed(data.within[p.column], 2), "number"))); body.append(row);
+    }
     sites.forEach((site) => line(site.label, site.auroc));
     const top = make("thead"); top.append(head); table.replaceChildren(top, body);
   }
