@@ -75,7 +75,8 @@ class BlockProbe:
         size = rows(state).float().pow(2).mean(-1).sqrt()
         if self.output.shape == state.shape:
             size = torch.maximum(size, rows(self.output).float().pow(2).mean(-1).sqrt().to(size.device))
-        size = (4 * size).clamp(1e-3, torch.finfo(state.dtype).max / 16)
+        largest = min(torch.finfo(state.dtype).max, torch.finfo(size.dtype).max)
+        size = (4 * size).clamp(1e-3, largest / 16)
         return (noise * size.reshape(*state.shape[:-1], 1)).to(state.dtype)
 
     def _norm(self, call: Call) -> bool:
