@@ -28,8 +28,8 @@ def loss_of(model: nn.Module, real: Tensor | None = None, ids: Tensor = IDS) -> 
 
 
 @pytest.mark.parametrize("token", ["last", "all", 1])
-def test_the_gradient_of_a_direction_against_finite_differences(token, tiny_model, device) -> None:
-    model = tiny_model.to(device=device, dtype=torch.float64)
+def test_the_gradient_of_a_direction_against_finite_differences(token, shared_model, device) -> None:
+    model = shared_model.to(device=device, dtype=torch.float64)
     start, step, tolerance = draw(WIDTH).double(), 1e-5, 1e-6
     if type(model).__name__.startswith("Llama"):  # its norms and rotations work in float32 always
         step, tolerance = 1e-2, 2e-3
@@ -49,8 +49,8 @@ def test_the_gradient_of_a_direction_against_finite_differences(token, tiny_mode
     assert gradient.abs().max() > 20 * tolerance
 
 
-def test_gradients_reach_scales_means_and_patches(tiny_gpt2) -> None:
-    model = tiny_gpt2.to(torch.float64)
+def test_gradients_reach_scales_means_and_patches(shared_gpt2) -> None:
+    model = shared_gpt2.to(torch.float64)
     vectors = [draw(WIDTH, seed=seed).double().requires_grad_() for seed in range(3)]
     scales = torch.tensor([0.5, 1.0, -1.0], dtype=torch.float64, requires_grad=True)
     rows = draw(3, WIDTH, seed=7).double().requires_grad_()
@@ -73,9 +73,9 @@ def test_gradients_reach_scales_means_and_patches(tiny_gpt2) -> None:
     assert torch.autograd.gradcheck(loss, (*vectors, scales, rows), fast_mode=True)
 
 
-def test_gradients_reach_the_weights_below_an_edit(tiny_gpt2) -> None:
+def test_gradients_reach_the_weights_below_an_edit(shared_gpt2) -> None:
     """Writing must not cut the graph nor change in place what the backward pass needs."""
-    model = tiny_gpt2.requires_grad_(True)
+    model = shared_gpt2.requires_grad_(True)
     with LinearSteer(Site(1), 3 * draw(WIDTH)).on(model):
         loss_of(model).backward()
     with_edit = model.transformer.wte.weight.grad.clone()
@@ -99,9 +99,9 @@ SITES = [Site(1, token="last"), Site(1, "attention_out", 1), Site(2, "heads", -1
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("site", SITES, ids=str)
-def test_checkpoints_recompute_the_same_edit(site, reentrant, tiny_model) -> None:
+def test_checkpoints_recompute_the_same_edit(site, reentrant, shared_model) -> None:
     """Two batches with other padding wait for one backward pass; each is recomputed with its own tokens."""
-    model = tiny_model.requires_grad_(True).train()
+    model = shared_model.requires_grad_(True).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -119,6 +119,7 @@ def test_checkpoints_recompute_the_same_edit(site, reentrant, tiny_model) -> Non
     model.enable_input_require_grads()
     found = gradients()
     model.disable_input_require_grads()
+    model.gradient_checkpointing_disable()
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -172,9 +173,9 @@ def test_a_checkpoint_that_outlives_its_forward_is_named(tiny_gpt2) -> None:
         loss.backward()
 
 
-def test_inference_mode_does_not_spoil_later_gradients(tiny_gpt2) -> None:
+def test_inference_mode_does_not_spoil_later_gradients(shared_gpt2) -> None:
     edit = LinearSteer(Site(1), draw(WIDTH).double())  # moved to float32 at its first use
-    model = tiny_gpt2.requires_grad_(True)
+    model = shared_gpt2.requires_grad_(True)
     with edit.on(model):
         with torch.inference_mode():
             inside = loss_of(model)
@@ -186,9 +187,9 @@ def test_inference_mode_does_not_spoil_later_gradients(tiny_gpt2) -> None:
     assert bool(model.transformer.wte.weight.grad.any())
 
 
-def test_transforms_of_torch_func(tiny_gpt2) -> None:
+def test_transforms_of_torch_func(shared_gpt2) -> None:
     """jvp, vjp and vmap pass through an edit, and what it counted can still be read afterwards."""
-    model = tiny_gpt2.to(torch.float64)
+    model = shared_gpt2.to(torch.float64)
     model.set_attn_implementation("eager")  # fused attention has no forward derivative
     direction, tangent = draw(WIDTH).double(), draw(WIDTH, seed=2).double()
 
@@ -207,6 +208,7 @@ def test_transforms_of_torch_func(tiny_gpt2) -> None:
         singly = torch.stack([states_to_loss(direction), states_to_loss(tangent)])
     torch.testing.assert_close(slope, gradient @ tangent)
     torch.testing.assert_close(many, singly)
+    model.set_attn_implementation("sdpa")
 
 
 def test_weights_that_accelerate_brings_in_for_each_module(tiny_model) -> None:
@@ -226,8 +228,8 @@ def test_weights_that_accelerate_brings_in_for_each_module(tiny_model) -> None:
             model(ids)
 
 
-def test_a_direction_on_the_cpu_meets_states_elsewhere(tiny_gpt2, device) -> None:
-    model, direction = tiny_gpt2.to(device), draw(WIDTH)
+def test_a_direction_on_the_cpu_meets_states_elsewhere(shared_gpt2, device) -> None:
+    model, direction = shared_gpt2.to(device), draw(WIDTH)
     with torch.no_grad(), LinearSteer(Site(1), direction).on(model):
         found = model(IDS.to(device)).logits
     with torch.no_grad(), LinearSteer(Site(1), direction.to(device)).on(model):

@@ -59,22 +59,22 @@ def test_what_is_saved_comes_back(name, tmp_path) -> None:
     assert os.listdir(tmp_path) == ["edit.safetensors"]
 
 
-def test_a_loaded_edit_does_the_same(tiny_model, tmp_path) -> None:
+def test_a_loaded_edit_does_the_same(shared_model, tmp_path) -> None:
     edit = (LinearSteer(Site(1), 3 * V) + SwapMeans(Site(2), V, W, scale=3)).with_scale(0.5)
     edit.save(tmp_path / "edit.safetensors")
-    with torch.no_grad(), edit.on(tiny_model):
-        expected = tiny_model(IDS).logits
-    with torch.no_grad(), load_edit(tmp_path / "edit.safetensors").on(tiny_model):
-        assert torch.equal(tiny_model(IDS).logits, expected)
+    with torch.no_grad(), edit.on(shared_model):
+        expected = shared_model(IDS).logits
+    with torch.no_grad(), load_edit(tmp_path / "edit.safetensors").on(shared_model):
+        assert torch.equal(shared_model(IDS).logits, expected)
 
 
-def test_the_model_it_is_of_comes_back(tiny_gpt2, tiny_llama, tmp_path) -> None:
-    LinearSteer(Site(1), V).for_model(tiny_gpt2).save(tmp_path / "edit.safetensors")
+def test_the_model_it_is_of_comes_back(shared_gpt2, shared_llama, tmp_path) -> None:
+    LinearSteer(Site(1), V).for_model(shared_gpt2).save(tmp_path / "edit.safetensors")
     again = load_edit(tmp_path / "edit.safetensors")
-    with again.on(tiny_gpt2):
-        tiny_gpt2(IDS)
+    with again.on(shared_gpt2):
+        shared_gpt2(IDS)
     with pytest.raises(EditError, match="another model"):
-        again.attach(tiny_llama)
+        again.attach(shared_llama)
 
 
 def test_the_file_is_plain(tmp_path) -> None:

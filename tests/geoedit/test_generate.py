@@ -84,8 +84,8 @@ def endless(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(("token", "phase"), CASES)
-def test_generate_agrees_with_a_loop_by_hand(token, phase, tiny_model) -> None:
-    model = endless(tiny_model)
+def test_generate_agrees_with_a_loop_by_hand(token, phase, shared_model) -> None:
+    model = endless(shared_model)
     expected = greedy_by_hand(model, token, phase)
     edit = LinearSteer(Site(1, token=token), push(), phase=phase)
     assert torch.equal(generated(model, edit, use_cache=True), expected)
@@ -94,16 +94,16 @@ def test_generate_agrees_with_a_loop_by_hand(token, phase, tiny_model) -> None:
     assert not torch.equal(generated(model, None), expected)
 
 
-def test_phases_differ(tiny_model) -> None:
+def test_phases_differ(shared_model) -> None:
     """The oracle itself tells the phases apart on these models, so that agreeing with it means something."""
-    model = endless(tiny_model)
+    model = endless(shared_model)
     found = {phase: greedy_by_hand(model, "last", phase) for phase in ("prompt", "new", "both")}
     assert not torch.equal(found["prompt"], found["both"])
     assert not torch.equal(found["new"], found["both"])
 
 
-def test_a_static_cache(tiny_llama) -> None:
-    model = endless(tiny_llama)
+def test_a_static_cache(shared_llama) -> None:
+    model = endless(shared_llama)
     for phase in ("prompt", "new"):
         edit = LinearSteer(Site(1, token="last"), push(), phase=phase)
         found = generated(model, edit, cache_implementation="static")
@@ -111,8 +111,8 @@ def test_a_static_cache(tiny_llama) -> None:
 
 
 @pytest.mark.parametrize("phase", ["prompt", "new", "both"])
-def test_beams_agree_with_and_without_a_cache(phase, tiny_gpt2) -> None:
-    model = endless(tiny_gpt2)
+def test_beams_agree_with_and_without_a_cache(phase, shared_gpt2) -> None:
+    model = endless(shared_gpt2)
     edit = LinearSteer(Site(1, token="last"), push(), phase=phase)
     options = {"num_beams": 3, "num_return_sequences": 2}
     with_cache = generated(model, edit, use_cache=True, **options)
@@ -123,9 +123,9 @@ def test_beams_agree_with_and_without_a_cache(phase, tiny_gpt2) -> None:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
-def test_states_a_row_reach_the_rows_they_belong_to(options, use_cache, tiny_gpt2) -> None:
+def test_states_a_row_reach_the_rows_they_belong_to(options, use_cache, shared_gpt2) -> None:
     """A batch with one state a row generates what each row generates alone."""
-    model = endless(tiny_gpt2)
+    model = endless(shared_gpt2)
     ids = torch.tensor([[11, 12, 13, 14], [21, 22, 23, 24], [31, 32, 33, 34]])
     states = 4 * torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5))
     scales = torch.tensor([1.0, 0.5, 0.8])
@@ -144,9 +144,9 @@ def test_states_a_row_reach_the_rows_they_belong_to(options, use_cache, tiny_gpt
         assert torch.equal(together[row], alone[0])
 
 
-def test_prompt_lookup_agrees_with_greedy(tiny_gpt2) -> None:
+def test_prompt_lookup_agrees_with_greedy(shared_gpt2) -> None:
     """Candidates are checked several at a time; each is a new token."""
-    model = endless(tiny_gpt2)
+    model = endless(shared_gpt2)
     ids = torch.tensor([[11, 12, 13, 11, 12, 13, 11, 12]])
     given = {
         "attention_mask": torch.ones_like(ids),
@@ -162,8 +162,8 @@ def test_prompt_lookup_agrees_with_greedy(tiny_gpt2) -> None:
             assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=2, **given), expected)
 
 
-def test_embeddings_as_the_prompt(tiny_model) -> None:
-    model = endless(tiny_model)
+def test_embeddings_as_the_prompt(shared_model) -> None:
+    model = endless(shared_model)
     embeddings = model.get_input_embeddings()(IDS)
     for phase in ("prompt", "new", "both"):
         edit = LinearSteer(Site(1, token="last"), push(), phase=phase)
@@ -172,9 +172,9 @@ def test_embeddings_as_the_prompt(tiny_model) -> None:
 
 
 @pytest.mark.parametrize("phase", ["prompt", "new", "both"])
-def test_a_conversation_that_goes_on_from_its_cache(phase, tiny_llama) -> None:
+def test_a_conversation_that_goes_on_from_its_cache(phase, shared_llama) -> None:
     """The second call gets the whole text and the cache of its first part: what is cached stays unedited."""
-    model = endless(tiny_llama)
+    model = endless(shared_llama)
     ids = torch.tensor([[11, 12, 13, 14, 15, 16]])
     with torch.no_grad():
         cache = model(ids[:, :3], use_cache=True).past_key_values
@@ -336,11 +336,11 @@ def test_virtual_tokens_in_front(kind, tiny_gpt2) -> None:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_ways_to_generate_that_could_not_be_right_are_refused(options, tiny_gpt2) -> None:
+def test_ways_to_generate_that_could_not_be_right_are_refused(options, shared_gpt2) -> None:
     edit = LinearSteer(Site(1), push())
     with pytest.raises(EditError, match=next(iter(options))):
-        generated(tiny_gpt2, edit, **options)
-    assert "generate" not in tiny_gpt2.__dict__
+        generated(shared_gpt2, edit, **options)
+    assert "generate" not in shared_gpt2.__dict__
 
 
 def test_generate_is_put_back_whatever_happens(tiny_gpt2) -> None:
@@ -360,8 +360,8 @@ def test_generate_is_put_back_whatever_happens(tiny_gpt2) -> None:
     assert model.__dict__["generate"] is mine
 
 
-def test_no_new_token_was_ever_computed(tiny_gpt2) -> None:
+def test_no_new_token_was_ever_computed(shared_gpt2) -> None:
     """With one new token, generate runs the prompt only."""
     edit = LinearSteer(Site(1), push(), phase="new")
     with pytest.raises(EditError, match="no token was selected"):
-        generated(tiny_gpt2, edit, max_new_tokens=1)
+        generated(shared_gpt2, edit, max_new_tokens=1)

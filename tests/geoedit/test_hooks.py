@@ -204,11 +204,11 @@ def test_the_vector_lands_where_a_hand_run_forward_puts_it(family, side, token, 
 
 
 @pytest.mark.parametrize("token", ["last", 0, -2, "all"])
-def test_without_a_mask_every_token_is_real(token, tiny_gpt2) -> None:
+def test_without_a_mask_every_token_is_real(token, shared_gpt2) -> None:
     places = {"last": [6], 0: [0], -2: [5], "all": range(7)}[token]
     seen: list[Tensor] = []
-    with intercept(tiny_gpt2, Site(0, token=token), lambda s, chosen, p: seen.append(chosen)):
-        tiny_gpt2(IDS)
+    with intercept(shared_gpt2, Site(0, token=token), lambda s, chosen, p: seen.append(chosen)):
+        shared_gpt2(IDS)
     expected = torch.zeros(3, 7, dtype=torch.bool)
     expected[:, list(places)] = True
     assert torch.equal(seen[0], expected)
@@ -224,29 +224,29 @@ def chosen_by(model: nn.Module, site: Site, *args, path: str | None = None, **kw
     return seen[0]
 
 
-def test_positional_arguments_and_embeddings_are_understood(tiny_model) -> None:
+def test_positional_arguments_and_embeddings_are_understood(shared_model) -> None:
     ids, real = left(IDS), left(REAL)
     expected = torch.zeros(3, 7, dtype=torch.bool)
     expected[range(3), LEFT[1]] = True
     site = Site(1, token=1)
     named = {"input_ids": ids, "attention_mask": real}
-    assert torch.equal(chosen_by(tiny_model, site, **named), expected)
-    by_place = (ids, real) if type(tiny_model).__name__.startswith("Llama") else (ids, None, real)
-    assert torch.equal(chosen_by(tiny_model, site, *by_place), expected)
-    embeddings = tiny_model.get_input_embeddings()(ids)
-    assert torch.equal(chosen_by(tiny_model, site, inputs_embeds=embeddings, attention_mask=real), expected)
+    assert torch.equal(chosen_by(shared_model, site, **named), expected)
+    by_place = (ids, real) if type(shared_model).__name__.startswith("Llama") else (ids, None, real)
+    assert torch.equal(chosen_by(shared_model, site, *by_place), expected)
+    embeddings = shared_model.get_input_embeddings()(ids)
+    assert torch.equal(chosen_by(shared_model, site, inputs_embeds=embeddings, attention_mask=real), expected)
 
 
-def test_a_four_dimensional_mask_tells_real_tokens(tiny_llama) -> None:
+def test_a_four_dimensional_mask_tells_real_tokens(shared_llama) -> None:
     ids, real = left(IDS), left(REAL).bool()
     causal = torch.ones(7, 7, dtype=torch.bool).tril()
     mask = (causal & real[:, None, None, :]) | torch.zeros(3, 1, 7, 7, dtype=torch.bool)
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     for each in (mask, additive):
-        assert torch.equal(chosen_by(tiny_llama, Site(1, token="all"), ids, attention_mask=each), real)
+        assert torch.equal(chosen_by(shared_llama, Site(1, token="all"), ids, attention_mask=each), real)
 
 
-def test_values_are_found_in_the_ids(tiny_model) -> None:
+def test_values_are_found_in_the_ids(shared_model) -> None:
     ids, real = IDS.clone(), REAL
     ids[1, :2] = torch.tensor([13, 14])
     ids[0] = torch.tensor([13, 14, 5, 13, 14, 5, 13])  # the pair twice, and its first half at the end
@@ -254,32 +254,32 @@ def test_values_are_found_in_the_ids(tiny_model) -> None:
     expected = torch.zeros(3, 7, dtype=torch.bool)
     expected[range(3), [4, 1, 1]] = True
     site = Site(0, token="value")
-    found = chosen_by(tiny_model, site, ids, attention_mask=real, value_ids=((13, 14), (40,)))
+    found = chosen_by(shared_model, site, ids, attention_mask=real, value_ids=((13, 14), (40,)))
     assert torch.equal(found, expected)
     with pytest.raises(EditError, match="Row 2 of the batch holds none"):
-        chosen_by(tiny_model, site, ids, attention_mask=real, value_ids=((13, 14),))
+        chosen_by(shared_model, site, ids, attention_mask=real, value_ids=((13, 14),))
     with pytest.raises(EditError, match="value_ids"):
-        intercept(tiny_model, site, lambda s, c, p: None)
+        intercept(shared_model, site, lambda s, c, p: None)
 
 
-def test_callables_and_positions_select(tiny_gpt2) -> None:
+def test_callables_and_positions_select(shared_gpt2) -> None:
     def first_even(ids: Tensor, real: Tensor) -> Tensor:
         return ((ids % 2 == 0) & real.bool()).int().argmax(1)
 
     expected = torch.zeros(3, 7, dtype=torch.bool)
     expected[range(3), [1, 1, 1]] = True
-    assert torch.equal(chosen_by(tiny_gpt2, Site(0, token=first_even), IDS, attention_mask=REAL), expected)
-    even = chosen_by(tiny_gpt2, Site(0, token=lambda ids, real: ids % 2 == 0), IDS, attention_mask=REAL)
+    assert torch.equal(chosen_by(shared_gpt2, Site(0, token=first_even), IDS, attention_mask=REAL), expected)
+    even = chosen_by(shared_gpt2, Site(0, token=lambda ids, real: ids % 2 == 0), IDS, attention_mask=REAL)
     assert torch.equal(even, IDS % 2 == 0)
-    given = chosen_by(tiny_gpt2, Site(0), IDS, attention_mask=REAL, positions=torch.tensor([3, 1, 0]))
+    given = chosen_by(shared_gpt2, Site(0), IDS, attention_mask=REAL, positions=torch.tensor([3, 1, 0]))
     assert given.nonzero().tolist() == [[0, 3], [1, 1], [2, 0]]
     with pytest.raises(EditError, match="leave the row"):
-        chosen_by(tiny_gpt2, Site(0), IDS, positions=torch.tensor([3, 7, 0]))
+        chosen_by(shared_gpt2, Site(0), IDS, positions=torch.tensor([3, 7, 0]))
 
 
-def test_an_index_that_a_row_does_not_have_is_named(tiny_gpt2) -> None:
+def test_an_index_that_a_row_does_not_have_is_named(shared_gpt2) -> None:
     with pytest.raises(EditError, match=r"token=4 does not exist in row 2.*\s*3 real tokens"):
-        chosen_by(tiny_gpt2, Site(0, token=4), IDS, attention_mask=REAL)
+        chosen_by(shared_gpt2, Site(0, token=4), IDS, attention_mask=REAL)
 
 
 def test_t5_stacks_have_their_own_tokens() -> None:
@@ -333,9 +333,9 @@ def test_patches_of_an_image_are_tokens(device) -> None:
     assert every.shape == (2, 17) and bool(every.all())
 
 
-def test_streams_of_gpt2_against_its_own_arithmetic(tiny_gpt2, device) -> None:
+def test_streams_of_gpt2_against_its_own_arithmetic(shared_gpt2, device) -> None:
     """Recompute one block from its weights, with a change at each stream."""
-    model = tiny_gpt2.to(device)
+    model = shared_gpt2.to(device)
     block, push, ids = model.transformer.h[1], vector(device), IDS[:1].to(device)
     wide = 3.0 * torch.randn(128, generator=torch.Generator().manual_seed(3)).to(device)
     positions = torch.arange(7, device=device)
@@ -377,11 +377,11 @@ def test_streams_of_gpt2_against_its_own_arithmetic(tiny_gpt2, device) -> None:
     torch.testing.assert_close(embedded, run(), rtol=0, atol=1e-4)
 
 
-def test_the_input_of_the_head_sees_only_the_kept_tokens(tiny_llama) -> None:
+def test_the_input_of_the_head_sees_only_the_kept_tokens(shared_llama) -> None:
     site = Site(module="lm_head:input")
-    kept = chosen_by(tiny_llama, site, IDS[:1], logits_to_keep=1)
+    kept = chosen_by(shared_llama, site, IDS[:1], logits_to_keep=1)
     assert kept.tolist() == [[True]]
-    kept = chosen_by(tiny_llama, Site(module="lm_head:input", token=-2), IDS[:1], logits_to_keep=3)
+    kept = chosen_by(shared_llama, Site(module="lm_head:input", token=-2), IDS[:1], logits_to_keep=3)
     assert kept.tolist() == [[False, True, False]]
 
 
@@ -392,41 +392,44 @@ def test_flattened_states_are_given_back_their_rows() -> None:
     assert found.nonzero().tolist() == [[0, 6], [1, 4], [2, 2]]
 
 
-def test_a_tuple_output_keeps_its_other_members(tiny_gpt2) -> None:
+def test_a_tuple_output_keeps_its_other_members(shared_gpt2) -> None:
     site = Site(module="transformer.h.1.attn")
     vectors = vector(torch.device("cpu"))
-    expected = edited(tiny_gpt2, Site(1, "attention_out"), vectors, input_ids=IDS)
-    assert torch.equal(edited(tiny_gpt2, site, vectors, input_ids=IDS), expected)
+    expected = edited(shared_gpt2, Site(1, "attention_out"), vectors, input_ids=IDS)
+    assert torch.equal(edited(shared_gpt2, site, vectors, input_ids=IDS), expected)
 
 
-def test_a_model_output_keeps_its_type(tiny_gpt2) -> None:
-    with intercept(tiny_gpt2, Site(module="transformer", token="all"), lambda s, c, p: s * 0):
-        output = tiny_gpt2(IDS, output_hidden_states=True)
+def test_a_model_output_keeps_its_type(shared_gpt2) -> None:
+    with intercept(shared_gpt2, Site(module="transformer", token="all"), lambda s, c, p: s * 0):
+        output = shared_gpt2(IDS, output_hidden_states=True)
     assert torch.equal(output.logits, torch.zeros_like(output.logits))
     assert len(output.hidden_states) == 4
 
 
-def test_a_pass_that_continues_a_cache_is_new_tokens(tiny_model) -> None:
+def test_a_pass_that_continues_a_cache_is_new_tokens(shared_model) -> None:
     passes: list[tuple[Pass, Tensor]] = []
-    with torch.no_grad(), intercept(tiny_model, Site(0, token="all"), lambda s, c, p: passes.append((p, c))):
-        start = tiny_model(IDS[:, :4], use_cache=True)
-        tiny_model(IDS[:, 4:6], past_key_values=start.past_key_values, use_cache=True)
+    with (
+        torch.no_grad(),
+        intercept(shared_model, Site(0, token="all"), lambda s, c, p: passes.append((p, c))),
+    ):
+        start = shared_model(IDS[:, :4], use_cache=True)
+        shared_model(IDS[:, 4:6], past_key_values=start.past_key_values, use_cache=True)
     (first, _), (second, chosen) = passes
     assert (first.past_length, first.prompt_length, second.past_length, second.prompt_length) == (0, 4, 4, 4)
     assert not second.generating and bool(chosen.all())
 
 
-def test_functions_must_keep_the_shape(tiny_gpt2) -> None:
+def test_functions_must_keep_the_shape(shared_gpt2) -> None:
     with (
-        intercept(tiny_gpt2, Site(0), lambda s, c, p: s[:, :1]),
+        intercept(shared_gpt2, Site(0), lambda s, c, p: s[:, :1]),
         pytest.raises(EditError, match="must keep the shape"),
     ):
-        tiny_gpt2(IDS)
+        shared_gpt2(IDS)
 
 
-def test_packed_rows_are_refused(tiny_llama) -> None:
-    with intercept(tiny_llama, Site(0), lambda s, c, p: None), pytest.raises(EditError, match="packed"):
-        tiny_llama(IDS[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
+def test_packed_rows_are_refused(shared_llama) -> None:
+    with intercept(shared_llama, Site(0), lambda s, c, p: None), pytest.raises(EditError, match="packed"):
+        shared_llama(IDS[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
 
 
 def hook_counts(model: nn.Module) -> list[int]:
@@ -437,30 +440,30 @@ def hook_counts(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_removal_in_any_order_leaves_nothing_behind(order, tiny_model) -> None:
-    before, keys = hook_counts(tiny_model), [set(module.__dict__) for module in tiny_model.modules()]
+def test_removal_in_any_order_leaves_nothing_behind(order, shared_model) -> None:
+    before, keys = hook_counts(shared_model), [set(module.__dict__) for module in shared_model.modules()]
     sites = [Site(0), Site(1, "attention_out"), Site(1)]
-    handles = [intercept(tiny_model, site, lambda s, c, p: s + 1) for site in sites]
-    assert hook_counts(tiny_model) != before
-    assert "generate" in tiny_model.__dict__
+    handles = [intercept(shared_model, site, lambda s, c, p: s + 1) for site in sites]
+    assert hook_counts(shared_model) != before
+    assert "generate" in shared_model.__dict__
     for index in order:
         handles[index].remove()
         handles[index].remove()
-    assert hook_counts(tiny_model) == before
-    assert [set(module.__dict__) for module in tiny_model.modules()] == keys
+    assert hook_counts(shared_model) == before
+    assert [set(module.__dict__) for module in shared_model.modules()] == keys
 
 
-def test_a_forward_that_fails_leaves_no_frame_behind(tiny_gpt2) -> None:
+def test_a_forward_that_fails_leaves_no_frame_behind(shared_gpt2) -> None:
     seen: list[Tensor] = []
-    with intercept(tiny_gpt2, Site(0), lambda s, c, p: seen.append(c)):
+    with intercept(shared_gpt2, Site(0), lambda s, c, p: seen.append(c)):
         with pytest.raises(IndexError):
-            tiny_gpt2(torch.tensor([[10_000, 1]]))
-        tiny_gpt2(IDS, attention_mask=REAL)
+            shared_gpt2(torch.tensor([[10_000, 1]]))
+        shared_gpt2(IDS, attention_mask=REAL)
     assert seen[-1].nonzero().tolist() == [[0, 6], [1, 4], [2, 2]]
 
 
-def test_a_block_called_by_itself_takes_all_its_tokens_for_real(tiny_gpt2) -> None:
+def test_a_block_called_by_itself_takes_all_its_tokens_for_real(shared_gpt2) -> None:
     seen: list[Tensor] = []
-    with intercept(tiny_gpt2, Site(1), lambda s, c, p: seen.append(c)):
-        tiny_gpt2.transformer.h[1](torch.randn(2, 5, WIDTH))
+    with intercept(shared_gpt2, Site(1), lambda s, c, p: seen.append(c)):
+        shared_gpt2.transformer.h[1](torch.randn(2, 5, WIDTH))
     assert seen[0].nonzero().tolist() == [[0, 4], [1, 4]]
