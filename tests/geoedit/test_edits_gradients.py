@@ -99,9 +99,9 @@ SITES = [Site(1, token="last"), Site(1, "attention_out", 1), Site(2, "heads", -1
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("site", SITES, ids=str)
-def test_checkpoints_recompute_the_same_edit(site, reentrant, shared_model) -> None:
+def test_checkpoints_recompute_the_same_edit(site, reentrant, tiny_model) -> None:
     """Two batches with other padding wait for one backward pass; each is recomputed with its own tokens."""
-    model = shared_model.requires_grad_(True).train()
+    model = tiny_model.requires_grad_(True).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -119,7 +119,6 @@ def test_checkpoints_recompute_the_same_edit(site, reentrant, shared_model) -> N
     model.enable_input_require_grads()
     found = gradients()
     model.disable_input_require_grads()
-    model.gradient_checkpointing_disable()
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -187,9 +186,9 @@ def test_inference_mode_does_not_spoil_later_gradients(shared_gpt2) -> None:
     assert bool(model.transformer.wte.weight.grad.any())
 
 
-def test_transforms_of_torch_func(shared_gpt2) -> None:
+def test_transforms_of_torch_func(tiny_gpt2) -> None:
     """jvp, vjp and vmap pass through an edit, and what it counted can still be read afterwards."""
-    model = shared_gpt2.to(torch.float64)
+    model = tiny_gpt2.to(torch.float64)
     model.set_attn_implementation("eager")  # fused attention has no forward derivative
     direction, tangent = draw(WIDTH).double(), draw(WIDTH, seed=2).double()
 
@@ -208,7 +207,6 @@ def test_transforms_of_torch_func(shared_gpt2) -> None:
         singly = torch.stack([states_to_loss(direction), states_to_loss(tangent)])
     torch.testing.assert_close(slope, gradient @ tangent)
     torch.testing.assert_close(many, singly)
-    model.set_attn_implementation("sdpa")
 
 
 def test_weights_that_accelerate_brings_in_for_each_module(tiny_model) -> None:
