@@ -7,13 +7,8 @@ called with. `watch` reads those arguments while a module runs; `resolve` puts t
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import threading
 import weakref
-from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from geoedit.errors import EditError
-
-_TOKENS = ("input_ids", "inputs_embeds")
-_DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")
-_OTHER_INPUTS = ("pixel_values", "input_values", "input_features")
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-_PACKED = ("cu_seq_lens_q", "cu_seqlens")
+from geoedit.frames import Frame, read_frame
+from geoedit.generation import Generate, Generation, Local, generate_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,78 +51,19 @@ class Pass:
         return batch, tokens
 
 
-@dataclass(eq=False)
-class Frame:
-    """What one running module was called with, as far as it tells tokens from each other."""
-
-    entry: bool
-    tokens: tuple[int, int] | None = None
-    ids: Tensor | None = None
-    mask: Tensor | None = None
-    past: int | None = 0
-    keep: int | None = None
-    decoder: bool = False
-    grad: bool = False
-
-
-@dataclass(eq=False)
-class Generation:
-    """One call of `generate`: how long the prompt is, and where the present pass lies in it."""
-
-    batch: int | None
-    length: int | None
-    ids: Tensor | None
-    mask: Tensor | None
-    assisted: bool
-    prompt_length: int | None = None
-    origin: int = 0
-    past: int = 0
-    consumed: int = 0
-
-    def observe(self, frame: Frame) -> None:
-        """Take note of one pass of the generating model, before it runs."""
-        if frame.tokens is None:
-            return
-        if frame.decoder:  # generate was given the encoder's tokens
-            self.ids = self.mask = self.length = None
-        tokens = frame.tokens[1]
-        past = self.consumed if frame.past is None else frame.past
-        total = past + tokens
-        if self.prompt_length is None:
-            if self.length is None:
-                self.prompt_length = total
-            elif self.assisted:
-                self.prompt_length = self.length
-            elif past > 0 and total > self.length:
-                self.origin, self.prompt_length = total - self.length, self.length
-            else:
-                self.prompt_length = max(self.length, total)
-        self.past = past - self.origin
-        self.consumed = total
-
-
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.frames: list[Frame] = []
-        self.last: Frame | None = None
-        self.generations: list[Generation] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
-        return _Local()
-
-
 class Watch:
     """The calls of one module that are running now; shared by everything that is attached to it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.users = 0
-        self._local = _Local()
+        self._local = Local()
         self._undo = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True).remove,
             module.register_forward_hook(self._leave, always_call=True).remove,
         ]
-        if callable(getattr(type(module), "generate", None)):
-            self._undo.append(_Generate(module, self._local).restore)
+        generate = generate_of(module)
+        if generate is not None:
+            self._undo.append(Generate(module, generate, self._local).restore)
 
     @property
     def running(self) -> Frame | None:
@@ -183,184 +115,6 @@ def unwatch(module: nn.Module) -> None:
     if found.users == 0:
         del _watches[module]
         found.remove()
-
-
-@functools.lru_cache(maxsize=512)
-def _signature(forward: Callable) -> inspect.Signature | None:
-    try:
-        return inspect.signature(forward)
-    except (TypeError, ValueError):
-        return None
-
-
-def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], AbstractSet[str]]:
-    """Give the arguments by name, and every name that the module's forward knows."""
-    forward = module.__dict__.get("forward") or type(module).forward
-    bound_already = "forward" in module.__dict__
-    signature = _signature(forward)
-    if signature is None:
-        return kwargs, frozenset(kwargs)
-    names = list(signature.parameters)
-    if not bound_already:
-        names = names[1:]
-    positional = [
-        name
-        for name in names
-        if signature.parameters[name].kind
-        in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    return {**dict(zip(positional, args, strict=False)), **kwargs}, frozenset(names) | kwargs.keys()
-
-
-def read_frame(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Frame:
-    """Read tokens, padding and cache from the arguments of one call.
-
-    Raises:
-        EditError: several texts are packed into one row, where no site can tell them apart.
-    """
-    values, names = _bind(module, args, kwargs)
-    if any(values.get(name) is not None for name in _PACKED):
-        raise EditError(
-            f"{type(module).__name__} was called with texts packed into one row (cu_seq_lens), as by"
-            " continuous batching: a site cannot tell them apart. Pad them to one row a text instead."
-        )
-    decoder = not names.isdisjoint(_DECODER_TOKENS)
-    ids_name, embeds_name = _DECODER_TOKENS if decoder else _TOKENS
-    ids, embeds = values.get(ids_name), values.get(embeds_name)
-    frame = Frame(entry=not names.isdisjoint((*_TOKENS, *_DECODER_TOKENS, *_OTHER_INPUTS)), decoder=decoder)
-    if isinstance(ids, Tensor) and ids.dim() == 2:
-        frame.ids, frame.tokens = ids, (ids.shape[0], ids.shape[1])
-    elif isinstance(embeds, Tensor) and embeds.dim() == 3:
-        frame.tokens = (embeds.shape[0], embeds.shape[1])
-    mask = values.get("decoder_attention_mask" if decoder else "attention_mask")
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    frame.mask = mask if isinstance(mask, Tensor) else None
-    frame.past = _past(values)
-    keep = values.get("logits_to_keep")
-    frame.keep = keep if isinstance(keep, int) and keep > 0 else None
-    frame.grad = torch.is_grad_enabled()
-    return frame
-
-
-def _past(values: dict[str, Any]) -> int | None:
-    """Positions in the cache; None for a cache that has seen tokens but does not count them."""
-    cache = next((values[name] for name in _CACHES if values.get(name) is not None), None)
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        try:
-            return int(cache.get_seq_length())
-        except (ValueError, AttributeError, NotImplementedError):
-            return None
-    if isinstance(cache, (tuple, list)):
-        while isinstance(cache, (tuple, list)):
-            if not cache:
-                return 0
-            cache = cache[0]
-        return int(cache.shape[-2]) if isinstance(cache, Tensor) and cache.dim() >= 2 else None
-    return None
-
-
-def _generate_of(module: nn.Module) -> Callable[..., Any]:
-    """The `generate` of a model's class, or None."""
-    return getattr(type(module), "generate", None)  # type: ignore[return-value]
-
-
-class _Generate:
-    """Stands in for a model's `generate`, so that the passes inside know their prompt."""
-
-    def __init__(self, module: nn.Module, local: _Local) -> None:
-        self._module = weakref.ref(module)  # a strong one would keep a forgotten model alive
-        self._before = module.__dict__.get("generate")
-        self._local = local
-        functools.update_wrapper(self, _generate_of(module))
-        self.__signature__ = _signature(_generate_of(module))
-        module.__dict__["generate"] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
-        if module is None:
-            raise EditError("The model of this generate() is gone.")
-        generate = self._before or functools.partial(_generate_of(module), module)
-        self._local.generations.append(_read_generation(module, args, kwargs))
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            self._local.generations.pop()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
-        """In a copy of the model, the copy's own `generate`."""
-        made = copy.copy(self)
-        module = self._module()
-        if module is not None:
-            made._module = weakref.ref(memo.get(id(module), module))
-        made._local = copy.deepcopy(self._local, memo)
-        return made
-
-    def restore(self) -> None:
-        """Put back what was there."""
-        module = self._module()
-        if module is None:
-            return
-        if self._before is None:
-            module.__dict__.pop("generate", None)
-        else:
-            module.__dict__["generate"] = self._before
-
-
-def _read_generation(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Generation:
-    signature = _signature(_generate_of(module))
-    names = [
-        name for name in (signature.parameters if signature else ()) if name not in ("self", "args", "kwargs")
-    ]
-    values = {**dict(zip(names, args, strict=False)), **kwargs}
-
-    def option(name: str) -> Any:
-        for source in (values.get("generation_config"), getattr(module, "generation_config", None)):
-            if values.get(name) is not None:
-                return values[name]
-            if getattr(source, name, None) is not None:
-                return getattr(source, name)
-        return None
-
-    _refuse_generation(option)
-    if hasattr(getattr(module, "generation_config", None), "disable_compile"):
-        kwargs.setdefault("disable_compile", True)  # a compiled forward may leave hooks out
-    ids = next(
-        (values[name] for name in ("input_ids", "inputs") if isinstance(values.get(name), Tensor)), None
-    )
-    embeds, mask = values.get("inputs_embeds"), values.get("attention_mask")
-    ids = ids if ids is not None and ids.dim() == 2 and not ids.is_floating_point() else None
-    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    sized = [tensor for tensor in (embeds, ids, mask) if isinstance(tensor, Tensor)]
-    assisted = values.get("assistant_model") is not None or option("prompt_lookup_num_tokens") is not None
-    return Generation(
-        batch=sized[0].shape[0] if sized else None,
-        length=max(tensor.shape[1] for tensor in sized) if sized else None,
-        ids=ids if embeds is None else None,
-        mask=mask,
-        assisted=assisted,
-    )
-
-
-def _refuse_generation(option: Callable[[str], Any]) -> None:
-    """Refuse the ways to generate in which prompt and new tokens cannot be told apart."""
-    guidance = option("guidance_scale")
-    refused = {
-        "guidance_scale": guidance is not None and guidance != 1,
-        "assistant_early_exit": option("assistant_early_exit") is not None,
-        "token_healing": bool(option("token_healing")),
-        "penalty_alpha": bool(option("penalty_alpha")),
-        "custom_generate": isinstance(option("custom_generate"), str),
-        "cache_implementation": option("cache_implementation") == "paged",
-    }
-    for name, found in refused.items():
-        if found:
-            raise EditError(
-                f"generate({name}={option(name)!r}) cannot run with an edit attached: its passes do not tell"
-                f" the prompt from the new tokens. Generate without {name}, or remove the edit first."
-            )
 
 
 def resolve(watches: Sequence[Watch], own: Watch, states: Tensor) -> Pass:
