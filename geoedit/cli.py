@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def diagnose(
     ] = False,
     scale: Annotated[list[float] | None, typer.Option(help="How far to push; give it several times.")] = None,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
-    max_edits: Annotated[int, typer.Option(help="Edits at each site; of more, a random draw.")] = 600,
+    max_edits: Annotated[int, typer.Option(help="Edits at each site; of more, a random draw.")] = 1200,
     as_json: AsJson = False,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -297,4 +298,4 @@ def _writable(folder: Path) -> None:
 
 
 def _whole(text: str) -> bool:
-    return text.lstrip("-").isdigit()
+    return re.fullmatch(r"-?[0-9]+", text) is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 def load_model(
@@ -59,14 +61,26 @@ def load_model(
         _check_hub_id(name, TESTBEDS)
         source = text
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         loader = _loader(config)
         options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype or "auto"}
-        model = loader.from_pretrained(source, config=config, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        options["trust_remote_code"] = False  # a folder may hold code; it is never run
+        model, report = loader.from_pretrained(source, config=config, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise EditError(f"can't load a model from {text!r}: {_first_line(error)}{_mend(source)}") from error
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise EditError(
+            f"{text!r} lacks the weights {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}, "
+            "which would be random numbers; save the whole model with model.save_pretrained(folder)."
+        )
+    if path.exists() and not any(found for pattern in VOCABULARIES for found in path.glob(pattern)):
+        raise EditError(
+            f"{text!r} has a model, but no tokenizer; save one beside it with "
+            "tokenizer.save_pretrained(folder)."
+        )
     try:
-        found: Any = AutoTokenizer.from_pretrained(source)
+        found: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise EditError(
             f"{text!r} has a model, but no tokenizer that transformers can read: {_first_line(error)} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def plan_edits(
         )
     kinds = [edits for edits in (differences, reused) if edits]
     share = max(1, max_edits // len(kinds))
-    kept = [edit for edits in kinds for edit in _draw(edits, share, generator)]
+    kept = [edit for edits in kinds for edit in _draw(edits, value, share, generator)]
     return Plan(tuple(kept), sum(len(edits) for edits in kinds))
 
 
@@ -135,7 +136,18 @@ def _first_rows(rows: Sequence[int], value: Sequence[int]) -> list[int]:
     return list(found.values())
 
 
-def _draw(edits: Sequence[PlannedEdit], count: int, generator: np.random.Generator) -> list[PlannedEdit]:
+def _draw(
+    edits: Sequence[PlannedEdit], value: Sequence[int], count: int, generator: np.random.Generator
+) -> list[PlannedEdit]:
+    """Draw edits in a random order, one of every pair of values before a second of any."""
     if len(edits) <= count:
         return list(edits)
-    return [edits[number] for number in np.sort(generator.choice(len(edits), count, replace=False))]
+    order = generator.permutation(len(edits))
+    drawn: Counter[tuple[int, int]] = Counter()
+    turn = np.zeros(len(edits), dtype=int)
+    for number in order:
+        pair = value[edits[number].source], value[edits[number].target]
+        turn[number] = drawn[pair]
+        drawn[pair] += 1
+    chosen = sorted(order, key=lambda number: turn[number])[:count]
+    return [edits[number] for number in sorted(chosen)]

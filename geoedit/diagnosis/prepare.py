@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from geoedit.activations.inputs import Texts
 from geoedit.anatomy import Anatomy
 from geoedit.concept import Concept, Prompt
 from geoedit.errors import EditError
@@ -80,6 +81,28 @@ def answer_groups(
     ids = list(dict.fromkeys(token for token in first if token is not None))
     numbers = {token: number for number, token in enumerate(ids)}
     return [-1 if token is None else numbers[token] for token in first], ids
+
+
+def check_answer_places(source: Texts, tokenizer: Any, known: Anatomy) -> None:
+    """Raise where the answer would be read after an end token, or in a masked model with nothing masked.
+
+    Raises:
+        EditError: naming the prompt.
+    """
+    special, mask = set(tokenizer.all_special_ids), getattr(tokenizer, "mask_token_id", None)
+    for text, ids in zip(source.texts, source.ids, strict=True):
+        if mask is not None and mask in ids:
+            continue
+        if not known.stack().causal:
+            raise EditError(
+                f"{text!r} has no {getattr(tokenizer, 'mask_token', None) or 'mask token'}, and the model reads "
+                "both ways, so that no place is left for the answer: put the mask token into the template."
+            )
+        if ids[-1] in special:
+            raise EditError(
+                f"{text!r} ends in the special token {tokenizer.decode([ids[-1]])!r}, after which no answer "
+                "stands: use the tokenizer without an end token (add_eos_token=False)."
+            )
 
 
 def checked_scales(scale: float | Sequence[float]) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ from geoedit.diagnosis.predict import (
 )
 from geoedit.diagnosis.prepare import (
     answer_groups,
+    check_answer_places,
     check_counts,
     checked_scales,
     choose_prompts,
@@ -58,7 +59,7 @@ def diagnose(
     apply: bool = False,
     scale: float | Sequence[float] = 1.0,
     seed: int = 0,
-    max_edits: int = 600,
+    max_edits: int = 1200,
     max_prompts: int = 400,
     samples: int = 8,
     batch_size: int = 64,
@@ -284,6 +285,11 @@ def _prepare(
     batch_size: int,
     progress: bool | None,
 ) -> _Work:
+    if not isinstance(concept, Concept):
+        raise EditError(
+            f"concept is {concept!r}; give a geoedit.Concept: one of world.concepts, "
+            "geoedit.concept.concept(name), or Concept.from_yaml(path)."
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise EditError(
             f"{type(model).__name__} has an encoder and a decoder, which a diagnosis does not read yet; "
@@ -304,6 +310,8 @@ def _prepare(
     source = read_inputs(model, tokenizer, prompts)
     if not isinstance(source, Texts):
         raise EditError("a diagnosis reads prompts as text.")
+    if answered:
+        check_answer_places(source, tokenizer, known)
     groups, ids = answer_groups(concept, prompts, tokenizer, answered)
     plan = plan_edits(concept, prompts, groups, scales=scales, max_edits=max_edits, seed=seed)
     collected = collect(model, tokenizer, prompts, places, batch_size=batch_size, progress=progress)

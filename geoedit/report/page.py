@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -27,10 +28,7 @@ def page(diagnosis: Diagnosis) -> str:
         "DATA": embed(payload(diagnosis)),
         "SCRIPT": _asset("page.js"),
     }
-    text = _asset("page.html")
-    for name, content in parts.items():
-        text = text.replace("{{" + name + "}}", content, 1)
-    return text
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
 
 
 def embed(data: Any) -> str:

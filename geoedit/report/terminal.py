@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from geoedit.diagnosis.plan import MEAN_DIFFERENCE, REUSED_VECTOR
@@ -14,23 +15,35 @@ SHORT = {MEAN_DIFFERENCE: "means", REUSED_VECTOR: "reused"}
 
 
 def site_table(diagnosis: Diagnosis) -> Table:
-    """Return one line a site: how many edits succeed, foreseen and seen, and the default's AUROC."""
-    table = Table(header_style="bold", pad_edge=False)
+    """Return a line a site: the share of edits of each kind that arrive, and the default's AUROC."""
+    table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("site", no_wrap=True)
-    for name in ("edits", "foreseen", *(("seen", "AUROC (95 %)") if diagnosis.applied else ())):
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, rows in diagnosis.summary.groupby("site", sort=False):
-        first = rows.iloc[0]
-        cells = [str(label), str(first["edits"]), _percent(first["predicted"])]
+    kinds = list(dict.fromkeys(diagnosis.table["edit"]))
+    for kind in kinds:
+        table.add_column(f"{SHORT.get(kind, kind)}\nforeseen", justify="right", no_wrap=True)
         if diagnosis.applied:
-            cells += [_percent(first["observed"]), _interval(first["auroc"], first["low"], first["high"])]
+            table.add_column("\nseen", justify="right", no_wrap=True)
+    if diagnosis.applied:
+        table.add_column("AUROC\n95 % interval", justify="right", no_wrap=True)
+    summary = diagnosis.summary
+    ranks = summary[summary["predictor"] == diagnosis.predictors[0].column].set_index("site")
+    for label in ranks.index:
+        part = diagnosis.table if label == ALL_SITES else diagnosis.table[diagnosis.table["site"] == label]
+        cells = [str(label)]
+        for kind in kinds:
+            rows = part[part["edit"] == kind]
+            cells.append(_percent(rows["probability"].mean()))
+            if diagnosis.applied:
+                cells.append(_percent(rows["success"].astype("float64").mean()))
+        if diagnosis.applied:
+            cells.append(_interval(*(float(ranks.loc[label, name]) for name in ("auroc", "low", "high"))))
         table.add_row(*cells)
     return table
 
 
 def predictor_table(diagnosis: Diagnosis) -> Table:
     """Return one line a predictor: its AUROC over all sites, and its mean within the sites that have one."""
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
     table.add_column("predictor", no_wrap=True)
     for name in ("AUROC over all sites (95 %)", "within a site, mean"):
         table.add_column(name, justify="right", no_wrap=True)

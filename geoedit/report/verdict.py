@@ -48,15 +48,15 @@ def verdict(diagnosis: Diagnosis) -> Verdict:
         there = float(rates.get(best_site, float("nan")))
         lines.append(
             f"A vector taken from one pair of values and reused elsewhere: {_share(there)} {seen} at "
-            f"{best_site}" + ("." if site == best_site else f"; at best {_share(rate)}, at {site}.")
+            f"{best_site}" + ("." if rate <= there else f"; at best {_share(rate)}, at {site}.")
         )
     straight = kinds.get(MEAN_DIFFERENCE, table).groupby("site", sort=False)["rate"].mean()
     works = [str(site) for site, rate in straight.items() if rate >= WORKS]
     fails = [str(site) for site, rate in straight.items() if rate <= FAILS]
     if works and len(straight) > 1:
-        lines.append(f"Mean differences work (at least {WORKS:.0%}) at {_count(works, len(straight))}.")
+        lines.append(f"Mean differences work (at least {_share(WORKS)}) at {_count(works, len(straight))}.")
     if fails and len(straight) > 1:
-        lines.append(f"They do next to nothing (at most {FAILS:.0%}) at {_count(fails, len(straight))}.")
+        lines.append(f"They do next to nothing (at most {_share(FAILS)}) at {_count(fails, len(straight))}.")
     if diagnosis.applied:
         lines.extend(_foresight(diagnosis))
     else:
@@ -80,17 +80,18 @@ def _foresight(diagnosis: Diagnosis) -> list[str]:
 
 
 def _best(table: pd.DataFrame) -> tuple[str, float]:
+    """The site with the highest rate, the deepest of equals, and that rate."""
     rates = table.groupby("site", sort=False)["rate"].mean()
-    return str(rates.idxmax()), float(rates.max())
+    return str(rates[rates >= rates.max() - 1e-9].index[-1]), float(rates.max())
 
 
 def _share(rate: float) -> str:
     percent = 100 * rate
     if 0 < percent < 1:
-        return "under 1 %"
+        return "under 1\u00a0%"
     if 99 < percent < 100:
-        return "over 99 %"
-    return f"{percent:.0f} %"
+        return "over 99\u00a0%"
+    return f"{percent:.0f}\u00a0%"
 
 
 def _count(sites: list[str], total: int) -> str:

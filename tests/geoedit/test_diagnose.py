@@ -79,14 +79,14 @@ def test_gradients_agree_with_finite_differences(tiny_model, tiny_tokenizer):
     torch.testing.assert_close(found.outputs, plain)
     for number, site in enumerate(SITES):
         generator = torch.Generator().manual_seed(number)
-        step = 1e-5 * torch.randn(states[site].shape, generator=generator, dtype=torch.float64)
+        step = 1e-3 * torch.randn(states[site].shape, generator=generator, dtype=torch.float64)
         up, down = (
             run_with(model, tiny_tokenizer, prompts, {site: states[site] + sign * step}, progress=False)
             for sign in (1, -1)
         )
         change = (up.log_softmax(1) - down.log_softmax(1))[:, ids] / 2
         expected = torch.einsum("nkd,nd->nk", found.gradients[site], step)
-        torch.testing.assert_close(expected, change, rtol=1e-5, atol=1e-10)
+        torch.testing.assert_close(expected, change, rtol=5e-3, atol=1e-6)
 
 
 def test_gradients_leave_no_trace(tiny_gpt2, tiny_tokenizer):

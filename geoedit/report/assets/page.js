@@ -7,7 +7,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   const make = (tag, text, name) => { const node = document.createElement(tag); if (text !== undefined) node.textContent = text; if (name) node.className = name; return node; };
-  const percent = (rate) => rate === null || rate === undefined ? "–" : `${Math.round(100 * rate)} %`;
+  const percent = (rate) => rate === null || rate === undefined ? "–" : `${Math.round(100 * rate)}\u00a0%`;
   const fixed = (value, digits) => value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
   const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const short = (text, length) => text.length > length ? text.slice(0, length - 1) + "…" : text;
@@ -28,15 +28,15 @@
 
   const kindRate = (site, kind, key) => site.rates[kind] ? site.rates[kind][key] : null;
   const rate = (site, kind) => kindRate(site, kind, applied ? "observed" : "predicted");
-  const best = sites.reduce((a, b) => (rate(b, data.kinds[0]) ?? -1) > (rate(a, data.kinds[0]) ?? -1) ? b : a);
+  const best = sites.reduce((a, b) => (rate(b, data.kinds[0]) ?? -1) >= (rate(a, data.kinds[0]) ?? -1) ? b : a);
   const tile = (value, text) => { const box = make("div"); box.append(make("dt", text), make("dd", value)); at("tiles").append(box); };
   for (const kind of data.kinds) tile(percent(rate(best, kind)), `of ${kind === "reused vector" ? "reused vectors" : kind + "s"} ${applied ? "succeed" : "expected to succeed"} at ${best.label}`);
   if (applied) {
     tile(fixed(data.overall[main.column][0], 2), "AUROC of the prediction over all sites" + (data.within[main.column] === null || sites.length < 2 ? "" : `, ${fixed(data.within[main.column], 2)} within a site`));
-    tile(`${Math.round(100 * data.calibration.error)} pts`, "mean gap between foreseen and seen rates");
+    tile(`${Math.round(100 * data.calibration.error)}\u00a0pts`, "mean gap between foreseen and seen rates");
   }
   at("shape-lead").textContent = `Mean state of each value, on the first three principal axes of the means.` + (ordered ? ` The line follows the order of the values${cycle ? " and closes" : ""}.` : "");
-  at("heat-lead").textContent = applied ? "Foreseen on the left, what happened on the right. Blank pairs were not drawn, or share an answer." : "Foreseen probability. Blank pairs were not drawn, or share an answer.";
+  at("heat-lead").textContent = "Rows: from; columns: to. Pale is 0 %, full green 100 %. " + (applied ? "Foreseen on the left, what happened on the right. " : "") + "Pairs left blank were not drawn, or share an answer.";
   if (applied) at("foresight-lead").textContent = `Nothing was fitted on this concept. Over all sites, ${percent(data.overall[main.column][0] === null ? null : data.overall[main.column][0])} of (success, failure) pairs are put in the right order by the ${main.label} margin.`;
   const paragraphs = [
     `For every site the states of all values in all templates are collected, and each value's mean. A mean difference adds (mean of target − mean of source) to the state; a reused vector adds the difference of two other values that lie the same way from each other.`,
@@ -53,7 +53,10 @@
   }
 
   // ---- figures -----------------------------------------------------------------------------------------------
-  const config = { displaylogo: false, responsive: true, displayModeBar: false, scrollZoom: false };
+  const config = { displaylogo: false, displayModeBar: false, scrollZoom: false };
+  // A figure drawn before its column has its final width must follow it, whatever changed the width.
+  const widths = new WeakMap();
+  const observer = new ResizeObserver((entries) => { for (const { target, contentRect } of entries) { if (Math.abs((widths.get(target) ?? 0) - contentRect.width) > 1 && target.classList.contains("drawn") && contentRect.width) { widths.set(target, contentRect.width); Plotly.Plots.resize(target); } } });
   const base = (extra) => Object.assign({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 48, r: 12, t: 28, b: 46 },
     font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--ink") },
@@ -62,7 +65,7 @@
     hovermode: "closest", dragmode: false,
   }, extra);
   const axis = (extra) => Object.assign({ gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), fixedrange: true, automargin: true }, extra);
-  const draw = (id, traces, layout) => { at(id).replaceChildren(); at(id).classList.add("drawn"); return Plotly.newPlot(at(id), traces, layout, config); };
+  const draw = (id, traces, layout) => { at(id).replaceChildren(); at(id).classList.add("drawn"); observer.observe(at(id)); return Plotly.newPlot(at(id), traces, layout, config); };
   const message = (id, text) => { const node = at(id); if (node.classList.contains("drawn")) { Plotly.purge(node); node.classList.remove("drawn"); } node.replaceChildren(make("div", text, "message")); };
 
   const streams = new Set(sites.map((site) => site.place.replace(/^(.*?)block -?\d+ /, "")).filter((name) => name !== "embedding"));
@@ -138,7 +141,7 @@
     if (ordered) traces.push({ type: "scatter3d", mode: "lines", x: loop.map((p) => p[0]), y: loop.map((p) => p[1]), z: loop.map((p) => p[2]), line: { color: colour("--soft"), width: 3 }, hoverinfo: "skip" });
     traces.push({ type: "scatter3d", mode: "markers+text", x: points.map((p) => p[0]), y: points.map((p) => p[1]), z: points.map((p) => p[2]), text: shown, hovertext: hover, hoverinfo: "text", textposition: "top center", textfont: { color: colour("--ink"), size: 12 }, marker });
     const old = at("figure-shape")._fullLayout?.scene?._scene?.getCamera?.();
-    return draw("figure-shape", traces, base({ showlegend: false, dragmode: "turntable", margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { xaxis: side(0), yaxis: side(1), zaxis: side(2), aspectmode: "data", camera: old ?? { eye: { x: 1.55, y: 1.55, z: 1.0 } } } }));
+    return draw("figure-shape", traces, base({ showlegend: false, dragmode: "turntable", margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { xaxis: side(0), yaxis: side(1), zaxis: side(2), aspectmode: "data", camera: old ?? { eye: { x: 1.7, y: 1.5, z: 0.95 } } } }));
   }
 
   const pairsAt = (site, kind) => (data.pairs[site.label] || {})[kind] || [];
@@ -146,21 +149,20 @@
     const place = new Map(values.map((value, i) => [value, i]));
     const grid = (column) => { const rows = values.map(() => values.map(() => null)); for (const pair of pairsAt(site, kind)) rows[place.get(pair[0])][place.get(pair[1])] = pair[column]; return rows; };
     const names = values.map((value) => safe(value)), ticks = values.map((value) => safe(short(value, 12))), dense = values.length > 40, step = Math.ceil(values.length / (dense ? 8 : narrow() ? 12 : 30));
-    const shown = values.map((_, i) => i).filter((i) => i % step === 0), both = applied, stacked = both;
-    const trace = (column, name, suffix) => ({ type: "heatmap", z: grid(column), x: values.map((_, i) => i), y: values.map((_, i) => i), xaxis: "x" + suffix, yaxis: "y" + suffix, zmin: 0, zmax: 1, colorscale: [[0, colour("--low")], [1, colour("--high")]], showscale: suffix === "", colorbar: { tickformat: ".0%", thickness: 10, outlinewidth: 0, len: 0.9 }, customdata: names.map((source) => names.map((target) => `${source} → ${target}`)), hovertemplate: `%{customdata}<br>${name}: %{z:.0%}<extra></extra>`, hoverongaps: false, xgap: dense ? 0 : 1, ygap: dense ? 0 : 1 });
+    const shown = values.map((_, i) => i).filter((i) => i % step === 0), both = applied;
+    const tilt = narrow() ? -90 : -50;
+    const trace = (column, name, suffix) => ({ type: "heatmap", z: grid(column), x: values.map((_, i) => i), y: values.map((_, i) => i), xaxis: "x" + suffix, yaxis: "y" + suffix, zmin: 0, zmax: 1, colorscale: [[0, colour("--low")], [1, colour("--high")]], showscale: false, customdata: names.map((source) => names.map((target) => `${source} → ${target}`)), hovertemplate: `%{customdata}<br>${name}: %{z:.0%}<extra></extra>`, hoverongaps: false, xgap: dense ? 0 : 1, ygap: dense ? 0 : 1 });
     const head = (suffix, text) => ({ text, showarrow: false, xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", font: { size: 13, color: colour("--soft") } });
     const labels = { tickvals: shown, ticktext: shown.map((i) => ticks[i]), showgrid: false, zeroline: false };
-    const layout = { margin: { l: 40, r: 10, t: 26, b: 40 }, annotations: [head("", "foreseen")], xaxis: axis({ ...labels, domain: [0, 1], anchor: "y", tickangle: -50, title: { text: "to", standoff: 4 } }), yaxis: axis({ ...labels, autorange: "reversed", anchor: "x", title: { text: "from", standoff: 4 } }) };
+    const layout = { margin: { l: 40, r: 10, t: 26, b: 40 }, annotations: [head("", "foreseen")], xaxis: axis({ ...labels, domain: [0, 1], anchor: "y", tickangle: tilt }), yaxis: axis({ ...labels, autorange: "reversed", anchor: "x" }) };
     const traces = [trace(3, "foreseen", "")];
     if (both) {
       Object.assign(layout.xaxis, { domain: [0, 0.47] });
-      layout.xaxis2 = axis({ ...labels, domain: [0.53, 1], anchor: "y2", tickangle: -50, title: { text: "to", standoff: 4 } });
+      layout.xaxis2 = axis({ ...labels, domain: [0.53, 1], anchor: "y2", tickangle: tilt });
       layout.yaxis2 = axis({ ...labels, autorange: "reversed", anchor: "x2", showticklabels: false });
       layout.annotations.push(head("2", "seen"));
       traces.push(trace(6, "seen", "2"));
     }
-    for (const entry of traces) Object.assign(entry.colorbar, { orientation: "h", y: -0.32, len: 0.5, x: 0.5, xanchor: "center" });
-    layout.margin.b = 80;
     return draw("figure-heat", traces, base(layout));
   }
 
@@ -239,7 +241,7 @@
   if (applied) aurocTable();
   everything().then(() => {
     const wanted = [...document.querySelectorAll(".figure")].filter((node) => node.offsetParent !== null);
-    const drawn = wanted.filter((node) => node.querySelector("svg.main-svg .plot, svg.main-svg .gl-container, .gl-container canvas, .message"));
+    const drawn = wanted.filter((node) => node.querySelector(".trace, .scatterlayer .points path, .heatmaplayer image, .gl-container canvas, .message"));
     document.body.dataset.figuresWanted = String(wanted.length);
     document.body.dataset.figuresDrawn = String(drawn.length);
     document.body.dataset.ready = "true";
