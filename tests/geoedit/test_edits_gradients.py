@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from geoedit.edits import LinearSteer, Patch, SwapMeans
+from geoedit.edits import ActivationEdit, LinearSteer, Patch, Selected, SwapMeans
 from geoedit.errors import EditError
 from geoedit.hooks import intercept
 from geoedit.site import Site
@@ -172,8 +174,18 @@ def test_a_checkpoint_that_outlives_its_forward_is_named(tiny_gpt2) -> None:
         loss.backward()
 
 
+@dataclass(frozen=True, eq=False)
+class Stretch(ActivationEdit):
+    """Its gradient needs the factor, as that of an addition would not."""
+
+    factor: Tensor
+
+    def change(self, states: Tensor, at: Selected) -> Tensor:
+        return states * self.factor
+
+
 def test_inference_mode_does_not_spoil_later_gradients(shared_gpt2) -> None:
-    edit = LinearSteer(Site(1), draw(WIDTH).double())  # moved to float32 at its first use
+    edit = Stretch(Site(1), draw(WIDTH).double())  # moved to float32 at its first use
     model = shared_gpt2.requires_grad_(True)
     with edit.on(model):
         with torch.inference_mode():
