@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from geoedit.errors import EditError
 
 _SAMPLES = 32
+_DIGEST_SAMPLES = 256
 _STRIDE = 2_654_435_761  # odd and large: spreads the samples over the whole matrix
 _TOLERANCE = 2**-7  # twice the spacing of bfloat16, relative
 
@@ -93,6 +95,19 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         if isinstance(value, int):
             sizes[key] = value
     return Fingerprint(kind, sizes, _sampled(matrix))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash over samples and sums of every weight: a rank-one change anywhere gives another one."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        flat = weight.detach().flatten()
+        if flat.is_meta or not flat.numel():
+            continue
+        digest.update(flat[:: max(flat.numel() // _DIGEST_SAMPLES, 1)].double().cpu().numpy().tobytes())
+        digest.update(str(float(flat.double().sum())).encode())
+    return digest.hexdigest()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -173,7 +173,8 @@ class Handle:
                 f" {tuple(states.shape)}; it must keep the shape."
             )
         new = new.to(device=states.device, dtype=states.dtype)
-        self._changed.add(new.detach() != states.detach())
+        after, before = new.detach(), states.detach()
+        self._changed.add((after != before) & ~(after.isnan() & before.isnan()))
         return self._write(whole, new)
 
     def _read(self, whole: Tensor) -> tuple[Tensor, Pass]:

@@ -108,6 +108,11 @@ def watch(module: nn.Module) -> Watch:
     return found
 
 
+def being_watched(module: nn.Module) -> bool:
+    """Say whether somebody follows the module: an edit is attached to it, or states are read from it."""
+    return module in _watches
+
+
 def unwatch(module: nn.Module) -> None:
     """Leave; the last to leave takes the hooks out and puts `generate` back."""
     found = _watches[module]

@@ -26,7 +26,8 @@ from geoedit.activations.store import (
 from geoedit.anatomy import Location
 from geoedit.concept import Prompt
 from geoedit.errors import EditError
-from geoedit.fingerprint import Fingerprint, fingerprint
+from geoedit.fingerprint import Fingerprint, fingerprint, weights_digest
+from geoedit.passes import being_watched
 from geoedit.site import Site
 
 Prompts = Sequence[str] | Sequence[Prompt] | Mapping[str, Tensor]
@@ -36,7 +37,7 @@ def collect(
     model: nn.Module,
     tokenizer: Any,
     prompts: Prompts,
-    sites: Iterable[Site],
+    sites: Iterable[Site] | Site,
     *,
     values: Sequence[str] | None = None,
     batch_size: int = 32,
@@ -110,9 +111,17 @@ def _to_folder(
 ) -> Activations:
     if isinstance(source, Tensors):
         raise EditError("out= needs prompts as text, which the index keeps; ready tensors have none.")
+    if any(being_watched(module) for module in model.modules()):
+        raise EditError(
+            "out= while an edit is attached: the folder would hold edited states under the model's own name. "
+            "Remove the edit, or collect without out= and save what comes back."
+        )
     sites, processes = tuple(places), Processes.current()
     request = request_of(
-        source.texts, source.values, sites, (mark.to_dict(), dtype, source.ids, source.value_tokens)
+        source.texts,
+        source.values,
+        sites,
+        (mark.to_dict(), weights_digest(model), dtype, source.ids, source.value_tokens),
     )
     if (folder / INDEX).exists():
         if read_index(folder)["request"] == request:

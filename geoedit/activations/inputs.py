@@ -183,6 +183,8 @@ def read_inputs(
     """
     if isinstance(prompts, Mapping):
         return _read_tensors(prompts, values)
+    if not isinstance(prompts, (str, Sequence)):
+        prompts = tuple(prompts)  # a generator, say
     if isinstance(prompts, str) or len(prompts) == 0:
         raise EditError(f"prompts is {prompts!r}: give a list with at least one text or concept.Prompt.")
     if tokenizer is None:

@@ -61,14 +61,14 @@ def _chunks(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def locate_all(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Location]:
+def locate_all(model: nn.Module, sites: Iterable[Site] | Site) -> dict[Site, Location]:
     """Where the sites are in the model: in their order, each once.
 
     Raises:
         EditError: there are no sites, or the model does not have one of them.
     """
     known = anatomy(model)
-    found = {site: known.locate(site) for site in sites}
+    found = {site: known.locate(site) for site in ([sites] if isinstance(sites, Site) else sites)}
     if not found:
         raise EditError("sites is empty; give at least one, such as Site(block=0).")
     return found

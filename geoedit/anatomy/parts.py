@@ -166,6 +166,11 @@ class Anatomy:
         if site.stream == "embedding":
             return self._embedding(site.stack)
         stack = self.stack(site.stack)
+        if stack.token_axis != 1:
+            raise EditError(
+                f"Stack {stack.name!r} ({stack.path}) keeps its states as (tokens, batch, width); sites read "
+                "(batch, tokens, width). Build the model with batch_first=True where it has that."
+            )
         count = len(stack.blocks)
         if site.block is None:
             raise EditError(

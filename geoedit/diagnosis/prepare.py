@@ -95,7 +95,7 @@ def check_answer_places(source: Texts, tokenizer: Any, known: Anatomy) -> None:
             continue
         if not known.stack().causal:
             raise EditError(
-                f"{text!r} has no {getattr(tokenizer, 'mask_token', None) or 'mask token'}, and the model reads "
+                f"{text!r} has no mask token ({getattr(tokenizer, 'mask_token', None)}), and the model reads "
                 "both ways, so that no place is left for the answer: put the mask token into the template."
             )
         if ids[-1] in special:

@@ -56,7 +56,8 @@ class ActivationEdit(Edit):
         phase: "prompt", "new" (generated tokens) or "both". Under `generate`, "last" and "all" both mean
             each of the new tokens; other tokens lie in the prompt.
         value_ids: For token "value": the ways to spell the values in ids (`geoedit.tokens.spellings`).
-        fingerprint: Of the model that the edit was made from; attaching to another raises.
+        fingerprint: Of the model that the edit was made from; attaching to another raises. An edit without
+            one is saved with that of the model that it was last attached to.
         metadata: Anything of the user's that JSON can hold; saved with the edit.
 
     Raises:
@@ -86,6 +87,9 @@ class ActivationEdit(Edit):
 
     def __post_init__(self) -> None:
         """Refuse what could not work on any model."""
+        if not isinstance(self.site, Site):
+            raise EditError(f"site is {self.site!r}; give a geoedit.Site, such as Site(block=3).")
+        self._check_types()
         check_phase(self.phase, self.site.token)
         if self.value_ids is not None:
             object.__setattr__(self, "value_ids", tuple(tuple(way) for way in self.value_ids))
@@ -102,6 +106,21 @@ class ActivationEdit(Edit):
             raise EditError(
                 f"scale has shape {tuple(self.scale.shape)}; give one number, or one a row (batch,)."
             )
+
+    def _check_types(self) -> None:
+        """Refuse arrays and lists where tensors belong, and take any number as the scale."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type == "Tensor" and not isinstance(value, Tensor):
+                raise EditError(
+                    f"{type(self).__name__}.{each.name} is a {type(value).__name__}; give a tensor, for"
+                    " instance torch.as_tensor(...)."
+                )
+        if not isinstance(self.scale, Tensor):
+            try:
+                object.__setattr__(self, "scale", float(self.scale))
+            except (TypeError, ValueError):
+                raise EditError(f"scale={self.scale!r}: give a number, or a tensor (batch,).") from None
 
     @abstractmethod
     def change(
@@ -148,12 +167,16 @@ class ActivationEdit(Edit):
                     f"{self} was made from another model: {difference}. Its states mean something else there;"
                     " pass allow_other_model=True if you are sure."
                 )
-        return _Running(self, model)
+        work = _Running(self, model)
+        if self.fingerprint is None and not allow_other_model:
+            object.__setattr__(self, "_used_on", fingerprint_of(model))  # `describe` saves it
+        return work
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Give what a file must hold: the fields."""
         tensors = self.tensors()
         others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in tensors}
+        others["fingerprint"] = self.fingerprint or getattr(self, "_used_on", None)
         return {
             name: to_json(value, f"{type(self).__name__}.{name}") for name, value in others.items()
         }, tensors
@@ -207,7 +230,7 @@ class _Running(Work):
         self.dtype: torch.dtype | None = None
         self.width = location.width
         self.placed: dict[tuple[torch.device, torch.dtype], ActivationEdit] = {}
-        self.moved, self.broken = Tally(), Tally()
+        self.moved, self.broken, self.never_finite = Tally(), Tally(), Tally()
         self.handle = intercept(
             model, edit.site, self.apply, phase=edit.phase, value_ids=edit.value_ids, location=location
         )
@@ -238,7 +261,9 @@ class _Running(Work):
             )
         narrow = new.to(states.dtype)
         self.moved.add((new.detach() != old.detach()).any())
-        self.broken.add(~torch.isfinite(narrow.detach()).all() & torch.isfinite(old.detach()).all())
+        finite = torch.isfinite(old.detach()).all()
+        self.broken.add(~torch.isfinite(narrow.detach()).all() & finite)
+        self.never_finite.add(~finite)
         return states.index_put((rows, positions), narrow)
 
     def _check_width(self, width: int) -> None:
@@ -281,6 +306,11 @@ class _Running(Work):
             raise EditError(
                 f"{edit} did nothing: {handle.path} ran {handle.calls} times, but no token was selected by"
                 f" token={edit.site.token_name!r} in phase={edit.phase!r}."
+            )
+        if self.never_finite:
+            raise EditError(
+                f"{edit}: the model's own states there are NaN or infinite; look at its weights and its"
+                f" inputs, or run it in another precision than {self.dtype}."
             )
         if self.broken:
             raise EditError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,19 @@ class EditHandle:
         self.attached = True
 
     def remove(self) -> None:
-        """Take the edit off, leaving the model as it was to the bit; once is enough, more does no harm."""
+        """Take the edit off, leaving the model as it was to the bit; once is enough, more does no harm.
+
+        Warns with `UserWarning` when the edit did nothing while it was attached; `check` raises instead.
+        """
+        if not self.attached:
+            return
+        self._take_off()
+        try:
+            self.check()
+        except EditError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _take_off(self) -> None:
         if not self.attached:
             return
         self.attached = False
@@ -150,8 +163,11 @@ class Edit(ABC):
             EditError: as `attach`; and at the end of the block, as `EditHandle.check`. If the block itself
                 raises, that goes through as it is.
         """
-        with self.attach(model, allow_other_model=allow_other_model) as handle:
+        handle = self.attach(model, allow_other_model=allow_other_model)
+        try:
             yield handle
+        finally:
+            handle._take_off()
         if must_change:
             handle.check()
 

@@ -28,6 +28,7 @@ class LinearSteer(ActivationEdit, kind="linear-steer"):
     Source: Turner et al. 2023, Activation addition; Rimsky et al. 2024, Contrastive activation addition.
 
     >>> import torch
+    >>> from geoedit import Site
     >>> LinearSteer(Site(1, token="all"), torch.ones(8), scale=2.0)
     LinearSteer(block 1 residual_out @ all, scale=2)
     """
