@@ -57,9 +57,11 @@ def collect(
         model: any model that `anatomy` reads; also one placed on several devices.
         tokenizer: its tokenizer, which adds its special tokens as ever; None with ready tensors.
         prompts: texts, `concept.prompts()`, or a mapping of ready tensors (n, …) that the model takes by
-        name. sites: where. An encoder-decoder model gets the prompts in its encoder, the start token in its
-        decoder. values: with plain texts, the value that each holds (where it stands last), for sites at
-        "value". batch_size: prompts in one forward.
+            name.
+        sites: where. An encoder-decoder model gets the prompts in its encoder, the start token in its
+            decoder.
+        values: with plain texts, the value that each holds (where it stands last), for sites at "value".
+        batch_size: prompts in one forward.
         out: a folder for shards, which the result reads from. The same call takes up a run that was cut off.
         progress: show a bar; None: on a terminal only.
         dtype: of the result; None: the model's own.

@@ -35,8 +35,8 @@ def anatomy(model: nn.Module, inputs: Any = None) -> Anatomy:
 
     Args:
         model: Any module that holds a list of residual blocks; quantised, adapted (PEFT) and dispatched ones
-        too. inputs: What to call the model with, where a guess from its signature and configuration does not
-        do.
+            too.
+        inputs: What to call the model with, where a guess from its signature and configuration does not do.
 
     Raises:
         EditError: no forward pass worked, or no residual blocks were found; the message lists what was.
