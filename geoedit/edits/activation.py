@@ -111,7 +111,7 @@ class ActivationEdit(Edit):
         """Refuse arrays and lists where tensors belong, and take any number as the scale."""
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.type == "Tensor" and not isinstance(value, Tensor):
+            if each.type in ("Tensor", Tensor) and not isinstance(value, Tensor):
                 raise EditError(
                     f"{type(self).__name__}.{each.name} is a {type(value).__name__}; give a tensor, for"
                     " instance torch.as_tensor(...)."

@@ -85,7 +85,10 @@ class EditHandle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        if error is None:
+            self.remove()
+        else:
+            self._take_off()
 
 
 class Edit(ABC):

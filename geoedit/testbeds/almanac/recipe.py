@@ -321,8 +321,7 @@ def train(
     """Train a model by the recipe; the same recipe on the same machine gives the same weights.
 
     In the first stage the few-shot prompts also count backwards. No model learned to tell the direction from
-    the examples (a quarter right after 8,000 steps, the other direction mostly said instead), so the second
-    stage drops what counts backwards.
+    the examples (at most a quarter right after 8,000 steps), so the second stage drops what counts backwards.
 
     ``checkpoint`` names a folder that gets the model as it is after each ``every`` steps, to look at.
     """

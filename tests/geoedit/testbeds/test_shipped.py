@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,17 @@ def test_errors(tmp_path, monkeypatch):
     (folder / "card.json").write_text(json.dumps({"world": "another"}))
     with pytest.raises(EditError, match=r"trained on world another"):
         testbeds.load("almanac-gpt2")
+
+
+def test_the_results_page_quotes_the_cards():
+    page = (Path(__file__).parents[3] / "docs" / "results.md").read_text(encoding="utf-8")
+    cards = [testbeds.card(name) for name in testbeds.TESTBEDS]
+    for family in ("cycles", "lines", "grid", "in_context", "statements"):
+        shares = [f"{100 * card['held_out'][family]['accuracy']:.1f} %" for card in cards]
+        assert f"| {shares[0]} | {shares[1]} | {cards[0]['held_out'][family]['prompts']} |" in page
+    for place in ("subject", "last"):
+        for card in cards:
+            trace = card["causal_trace"][place]
+            assert (
+                " | ".join(f"{100 * share:.0f} %" for share in [trace["embedding"], *trace["blocks"]]) in page
+            )
