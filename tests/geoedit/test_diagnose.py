@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import geoedit
 from geoedit import Concept, EditError, LinearSteer, Site, SwapMeans, Template, diagnose, run_with
 from geoedit.activations.inputs import read_inputs
 from geoedit.anatomy import anatomy
 from geoedit.diagnosis import Diagnosis
-from geoedit.diagnosis.derivatives import derive
+from geoedit.diagnosis.derivatives import answer_place, derive
 from geoedit.diagnosis.observe import observe
 from geoedit.diagnosis.plan import MEAN_DIFFERENCE, REUSED_VECTOR, plan_edits
 
@@ -336,6 +337,36 @@ def test_without_answers_the_metric_falls_back_and_says_so(tiny_gpt2, tiny_token
     assert any("no answers" in note for note in found.notes)
     with pytest.raises(EditError, match="no answers"):
         diagnose(tiny_gpt2, tiny_tokenizer, concept, [Site(1, token="value")], apply=True, progress=False)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["encoder", "masked"])
+def test_encoders_with_and_without_a_head(tiny_tokenizer, head):
+    config = BertConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = (BertForMaskedLM if head else BertModel)(config).eval()
+    sites = [Site(0, token="value"), Site(1, token="value")]
+    if head:  # it reads both ways and nothing is masked: no place for an answer
+        with pytest.raises(EditError, match="no mask token"):
+            diagnose(model, tiny_tokenizer, cycle(), sites, max_edits=20, progress=False)
+        return
+    found = diagnose(model, tiny_tokenizer, cycle(), sites, max_edits=20, progress=False)
+    assert found.predictors[0].column == "gaussian"
+    assert np.isfinite(found.table["gaussian"]).all() and not found.applied
+
+
+def test_a_masked_answer_is_read_at_the_mask(tiny_gpt2, tiny_tokenizer):
+    prompts = ["the february of january", "january is"]
+    source = read_inputs(tiny_gpt2, tiny_tokenizer, prompts)
+    mask = tiny_tokenizer.convert_tokens_to_ids("february")
+    assert answer_place(source.batch([0, 1]), mask).tolist() == [1, 1]
+    assert answer_place(source.batch([0, 1]), None).tolist() == [3, 1]
 
 
 def test_default_sites(tiny_gpt2, tiny_tokenizer):

@@ -34,7 +34,8 @@ def made_up(applied=True, rates=(0.98, 0.5, 0.02)):
                         margin = draw.normal() + 2 * success - 1
                         rows.append(
                             {
-                                "site": label, "edit": kind, "template": 0, "source": source, "target": target,
+                                "site": label, "edit": kind, "template": 0,
+                                "source": source, "target": target,
                                 "from_value": source, "to_value": target, "scale": 1.0,
                                 "landing": margin, "norm": draw.normal(),
                                 "probability": 1 / (1 + np.exp(-margin)),
