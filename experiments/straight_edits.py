@@ -118,8 +118,8 @@ def page(found: list[dict[str, Any]]) -> str:
     lines += [
         f"The foreseen probabilities are off by at most {error:.0f} points on average ({where}).",
         "Their slope and offset were set on city-country in the GPT-2 style. Pooled over sites an AUROC also",
-        "rewards knowing at which sites edits work at all; within a site it does not. There the default predictor",
-        f"is weakest on {weakest['concept']} in {weakest['model']} ({weakest[within]['landing']:.2f}).",
+        "rewards knowing at which sites edits work at all; within a site it does not. There the default",
+        f"predictor is weakest on {weakest['concept']} in {weakest['model']} ({weakest[within]['landing']:.2f}).",
     ]
     return "\n".join(lines) + "\n"
 
