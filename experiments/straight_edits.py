@@ -114,12 +114,13 @@ def page(found: list[dict[str, Any]]) -> str:
     worst = max(found, key=lambda entry: entry["calibration_error"])
     within = TABLES["AUROC within a site, mean over sites"]
     weakest = min(found, key=lambda entry: entry[within]["landing"] or 1.0)
+    weak = f"{weakest['concept']} in {weakest['model']} ({weakest[within]['landing']:.2f})"
     error, where = 100 * worst["calibration_error"], f"{worst['concept']} in {worst['model']}"
     lines += [
         f"The foreseen probabilities are off by at most {error:.0f} points on average ({where}).",
         "Their slope and offset were set on city-country in the GPT-2 style. Pooled over sites an AUROC also",
         "rewards knowing at which sites edits work at all; within a site it does not. There the default",
-        f"predictor is weakest on {weakest['concept']} in {weakest['model']} ({weakest[within]['landing']:.2f}).",
+        f"predictor is weakest on {weak}.",
     ]
     return "\n".join(lines) + "\n"
 
