@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -359,6 +361,33 @@ def test_encoders_with_and_without_a_head(tiny_tokenizer, head):
     found = diagnose(model, tiny_tokenizer, cycle(), sites, max_edits=20, progress=False)
     assert found.predictors[0].column == "gaussian"
     assert np.isfinite(found.table["gaussian"]).all() and not found.applied
+
+
+def test_a_masked_model_is_judged_where_the_mask_stands(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.mask_token = "zero"
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertForMaskedLM(config).eval()
+    after = [*MONTHS[1:], MONTHS[0]]
+    templates = [Template("after {value} comes zero", after), Template("zero comes after {value} .", after)]
+    concept = Concept("months", MONTHS, templates, "cycle")
+    found = diagnose(model, tokenizer, concept, [Site(0, token="value")], apply=True, progress=False)
+    right = 0
+    for prompt in concept.prompts():
+        ids = tokenizer(prompt.text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, ids[0].tolist().index(tokenizer.mask_token_id)]
+        right += tokenizer.decode([int(logits.argmax())]) == prompt.answer
+    assert found.settings["answered_right_unedited"] == pytest.approx(right / 12, abs=1e-4)
+    assert found.applied and np.isfinite(found.table["landing"].astype(float)).all()
 
 
 def test_a_masked_answer_is_read_at_the_mask(tiny_gpt2, tiny_tokenizer):
