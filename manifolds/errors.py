@@ -1,0 +1,5 @@
+"""The one error that a caller of manifolds may want to catch."""
+
+
+class ManifoldError(ValueError):
+    """A point, a tangent or a setting does not fit a manifold; the message says which, why and how to mend it."""

@@ -1,0 +1,151 @@
+"""Functions of small matrices whose derivatives hold at repeated eigenvalues and singular values.
+
+`torch.linalg.eigh` and `torch.linalg.svd` divide by gaps of the spectrum in their backward pass, so that a square
+root or a polar factor written with them has the derivative NaN where two eigenvalues meet, although the function
+itself is smooth there. The functions here get their values from these decompositions and their derivatives from
+Sylvester equations, which have no gaps. They are differentiable to every order, in forward and reverse mode, under
+`vmap` and `torch.compile`.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+
+
+def sym(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The symmetric part, (A + Aᵀ) / 2."""
+    return (matrix + matrix.mT) / 2
+
+
+def skew(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The skew-symmetric part, (A − Aᵀ) / 2."""
+    return (matrix - matrix.mT) / 2
+
+
+def solve_sylvester(
+    positive: Float[Tensor, "*#batch n n"], right: Float[Tensor, "*#batch n n"]
+) -> Float[Tensor, "*batch n n"]:
+    """X with H X + X H = C for a symmetric H whose eigenvalues sum to more than zero in every pair.
+
+    Formula: with H = Q diag(λ) Qᵀ, X = Q [(Qᵀ C Q)ᵢⱼ / (λᵢ + λⱼ)] Qᵀ.
+    """
+    shape = torch.broadcast_shapes(positive.shape, right.shape)
+    return _choose(_Sylvester, _SylvesterForward).apply(positive.expand(shape), right.expand(shape))
+
+
+def sqrtm_spd(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The symmetric square root of a symmetric positive definite matrix.
+
+    Formula: A = Q diag(λ) Qᵀ gives A^½ = Q diag(λ^½) Qᵀ; its derivative solves Y dY + dY Y = dA.
+    A matrix with a negative eigenvalue gives NaN.
+    """
+    return _choose(_SquareRoot, _SquareRootForward).apply(sym(matrix))
+
+
+def inverse_sqrtm_spd(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The inverse of the symmetric square root of a symmetric positive definite matrix."""
+    return torch.linalg.inv(sqrtm_spd(matrix))
+
+
+def polar(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    """The orthonormal polar factor Y of a matrix X = Y H with full column rank (m ≥ n): the nearest orthonormal matrix.
+
+    Formula: X = U Σ Vᵀ gives Y = U Vᵀ and H = V Σ Vᵀ. Its derivative is
+    dY = Y Ω + (I − Y Yᵀ) dX H⁻¹ with H Ω + Ω H = Yᵀ dX − dXᵀ Y.
+    """
+    return _choose(_Polar, _PolarForward).apply(matrix)
+
+
+def _choose(plain: type[Function], forward: type[Function]) -> Any:
+    """The variant with a forward-mode rule, or the one without it where `torch.compile` traces: it takes no such rule."""
+    return plain if torch.compiler.is_compiling() else forward
+
+
+class _Sylvester(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(positive: Tensor, right: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(positive)
+        inner = vectors.mT @ right @ vectors
+        return vectors @ (inner / (values.unsqueeze(-1) + values.unsqueeze(-2))) @ vectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        positive, solution = ctx.saved_tensors
+        of_right = solve_sylvester(positive, gradient)
+        return -(of_right @ solution.mT + solution.mT @ of_right), of_right
+
+
+class _SylvesterForward(_Sylvester):
+    @staticmethod
+    def jvp(ctx: Any, d_positive: Tensor, d_right: Tensor) -> Tensor:
+        positive, solution = ctx.saved_tensors
+        return solve_sylvester(positive, d_right - d_positive @ solution - solution @ d_positive)
+
+
+class _SquareRoot(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors @ (values.sqrt().unsqueeze(-1) * vectors.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return solve_sylvester(sym(root), gradient)
+
+
+class _SquareRootForward(_SquareRoot):
+    @staticmethod
+    def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return solve_sylvester(sym(root), d_matrix)
+
+
+class _Polar(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left @ right
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _polar_derivative(*ctx.saved_tensors, gradient)
+
+
+class _PolarForward(_Polar):
+    @staticmethod
+    def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
+        return _polar_derivative(*ctx.saved_tensors, d_matrix)
+
+
+def _polar_derivative(matrix: Tensor, factor: Tensor, change: Tensor) -> Tensor:
+    """The derivative of the polar factor. It is self-adjoint, so that it serves both modes."""
+    stretch = sym(factor.mT @ matrix)
+    inner = factor.mT @ change
+    outside = change - factor @ inner
+    turn = solve_sylvester(stretch, inner - inner.mT)
+    return factor @ turn + torch.linalg.solve(stretch, outside, left=False)

@@ -1,0 +1,180 @@
+"""What every operation of a manifold checks before it computes, written once.
+
+`Manifold` wraps the operations of its subclasses in `operation`: devices and dtypes must agree, shapes must fit,
+points must lie on the manifold and tangent vectors in the tangent space, half precision is computed in float32.
+The checks of values cost about as much as a projection, and on a GPU they wait for it. They are made once per call
+from outside, never for calls between operations; `unchecked` leaves them out, as the solvers and optimizers do after
+their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are left out too.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifolds.errors import ManifoldError
+
+POINTS = {"x", "y"}
+TANGENTS: dict[str, set[str]] = {
+    "retr": {"u"},
+    "expmap": {"u"},
+    "transp": {"v"},
+    "retr_transp": {"u", "v"},
+    "expmap_transp": {"u", "v"},
+    "transp_follow_retr": {"u", "v"},
+    "transp_follow_expmap": {"u", "v"},
+    "ehess2rhess": {"u"},
+    "second_fundamental_form": {"u", "v"},
+    "weingarten": {"u"},
+}
+OPERATIONS = {
+    "projx", "proju", "inner", "norm", "dist", "dist2", "logmap", "egrad2rgrad", "normal",
+    *TANGENTS,
+}  # fmt: skip
+HALF = (torch.float16, torch.bfloat16)
+OPERATION_TOLERANCE = 1e-3
+"""How far off a point or a tangent may be before an operation refuses it. Coarse on purpose: finite differences and
+long runs drift, and a wrong argument is off by far more. `Manifold.contains` is the fine test."""
+
+
+class _Local(threading.local):
+    quiet = 0
+
+
+_local = _Local()
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Leaves out the checks of values, for a loop whose points are known to be right. Shapes and devices are checked."""
+    _local.quiet += 1
+    try:
+        yield
+    finally:
+        _local.quiet -= 1
+
+
+def operation(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with its arguments checked and half precision computed in float32."""
+    if getattr(method, "_is_operation", False):
+        return method
+    name = method.__name__
+    names = [parameter for parameter in inspect.signature(inspect.unwrap(method)).parameters][1:]
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        tensors = {key: value for key, value in zip(names, args, strict=False) if isinstance(value, Tensor)}
+        tensors.update({key: value for key, value in options.items() if isinstance(value, Tensor)})
+        half = _agree(self, name, tensors)
+        if torch.compiler.is_compiling():
+            return _compute(method, self, args, options, half)
+        if not _local.quiet:
+            _check_values(self, name, tensors)
+        _local.quiet += 1
+        try:
+            return _compute(method, self, args, options, half)
+        finally:
+            _local.quiet -= 1
+
+    run._is_operation = True  # type: ignore[attr-defined]
+    return run
+
+
+def _compute(
+    method: Callable[..., Any],
+    manifold: Any,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    half: torch.dtype | None,
+) -> Any:
+    if half is None:
+        return method(manifold, *args, **options)
+    wide = [value.float() if isinstance(value, Tensor) else value for value in args]
+    more = {key: value.float() if isinstance(value, Tensor) else value for key, value in options.items()}
+    found = method(manifold, *wide, **more)
+    if isinstance(found, Tensor):
+        return found.to(half)
+    return tuple(part.to(half) for part in found) if isinstance(found, tuple) else found
+
+
+def _agree(manifold: Any, name: str, tensors: dict[str, Tensor]) -> torch.dtype | None:
+    """Checks devices, dtypes and shapes; the half-precision dtype of the arguments, if that is what they have."""
+    (first, lead), *others = tensors.items()
+    if not lead.is_floating_point():
+        raise _error(
+            manifold, name, f"{first} has dtype {lead.dtype}; points are real floating-point tensors"
+        )
+    for key, value in others:
+        if value.device != lead.device:
+            raise _error(
+                manifold,
+                name,
+                f"{first} is on {lead.device} and {key} on {value.device}; move them to one device",
+            )
+        if value.dtype != lead.dtype:
+            raise _error(
+                manifold, name, f"{first} has dtype {lead.dtype} and {key} {value.dtype}; convert one of them"
+            )
+    for key, value in tensors.items():
+        ok, reason = manifold._check_shape(value.shape, key)
+        if not ok:
+            raise _error(manifold, name, reason)
+        trailing = value.shape[value.ndim - manifold.ndim :]
+        if trailing != lead.shape[lead.ndim - manifold.ndim :]:
+            raise _error(
+                manifold, name,
+                f"{first} has shape {tuple(lead.shape)} and {key} {tuple(value.shape)}; "
+                f"their last {manifold.ndim} dimensions must be equal",
+            )  # fmt: skip
+    return lead.dtype if lead.dtype in HALF else None
+
+
+def _check_values(manifold: Any, name: str, tensors: dict[str, Tensor]) -> None:
+    """Refuses what is not on the manifold or not tangent to it."""
+    if name == "projx":
+        return
+    tangents = TANGENTS.get(name, set()) & tensors.keys()
+    _local.quiet += 1
+    try:
+        with torch.no_grad():
+            for key in sorted(POINTS & tensors.keys()):
+                limit = _coarse(tensors[key])
+                if not _within(manifold.point_defects(widened(tensors[key])), limit):
+                    found = manifold.contains(tensors[key], tolerance=limit)
+                    raise _error(manifold, name, f"{key} is not on the manifold: {found.reason}; see projx")
+            for key in sorted(tangents):
+                limit = _coarse(tensors[key])
+                if not _within(manifold.tangent_defects(widened(tensors["x"]), widened(tensors[key])), limit):
+                    found = manifold.contains_tangent(tensors["x"], tensors[key], tolerance=limit)
+                    raise _error(manifold, name, f"{key} is not tangent at x: {found.reason}; see proju")
+            for key in sorted(tensors.keys() - POINTS - tangents):
+                if not bool(tensors[key].isfinite().all()):
+                    count = int((~tensors[key].isfinite()).sum())
+                    raise _error(manifold, name, f"{key} has {count} entries that are not finite")
+    except RuntimeError as unreadable:
+        if "vmap" not in str(unreadable):
+            raise
+    finally:
+        _local.quiet -= 1
+
+
+def _within(defects: dict[str, Tensor], limit: float) -> bool:
+    return all(bool((defect <= limit).all()) for defect in defects.values())
+
+
+def widened(x: Tensor) -> Tensor:
+    """The tensor in float32 if it is in half precision, else as it is."""
+    return x.float() if x.dtype in HALF else x
+
+
+def _coarse(tensor: Tensor) -> float:
+    return 3e-2 if tensor.dtype in HALF else OPERATION_TOLERANCE
+
+
+def _error(manifold: Any, name: str, defect: str | None) -> ManifoldError:
+    return ManifoldError(f"{manifold.name}.{name}: {defect}")
