@@ -1,7 +1,7 @@
 """What every manifold here has, and what a Riemannian submanifold gets from its projection alone.
 
-`Manifold` is a `geoopt.Manifold`: geoopt's parameters and optimizers work on ours. `RiemannianSubmanifold` derives
-gradient, Hessian and second fundamental form from the projection onto the tangent space.
+`Manifold` is a `geoopt.Manifold`: geoopt's parameters and optimizers work on ours. `RiemannianSubmanifold`
+derives gradient, Hessian and second fundamental form from the projection onto the tangent space.
 """
 
 import math
@@ -21,7 +21,7 @@ from manifolds.operations import OPERATIONS, operation, widened
 
 @dataclass(frozen=True)
 class Containment:
-    """Whether points lie on a manifold, or vectors in a tangent space; true in a condition when all of them do.
+    """Whether points lie on a manifold, or vectors in a tangent space; as a condition, whether all of them do.
 
     Attributes:
         inside: for each item of the batch.
@@ -38,17 +38,17 @@ class Containment:
 
 
 class Manifold(geoopt.Manifold):
-    """A set with tangent spaces. A point is one tensor, whose last `ndim` dimensions are the point; the others are batch.
+    """A set with tangent spaces. A point is one tensor: its last `ndim` dimensions; those before are the batch.
 
-    A subclass gives `projx`, `proju`, `retr`, `transp`, `inner`, `egrad2rgrad`, `dimension`, `point_defects` and
-    `tangent_defects`, and what it can of `expmap`, `logmap`, `ehess2rhess`, `second_fundamental_form`.
-    Every operation checks devices, dtypes and shapes, computes half precision in float32 and gives it back as it came.
+    A subclass gives `projx`, `proju`, `retr`, `transp`, `inner`, `egrad2rgrad`, `dimension`, `point_defects`
+    and `tangent_defects`, and what it can of `expmap`, `logmap`, `ehess2rhess`, `second_fundamental_form`.
+    Every operation checks its arguments, and computes half precision in float32 and gives it back as it came.
 
     Attributes:
         name: what messages call it.
         ndim: how many trailing dimensions make one point.
         reversible: whether transport along the retraction can be undone by transporting back (geoopt's flag).
-        retractions: the retractions by name, with their order: 1 follows a geodesic to first order, 2 to second.
+        retractions: the retractions by name, with their order: how far each follows a geodesic.
         isometric: the names of the transports that keep inner products.
     """
 
@@ -113,7 +113,7 @@ class Manifold(geoopt.Manifold):
         device: torch.device | str | None = None,
         seed: int | None = 42,
     ) -> Tensor:
-        """A point that is the same at every call: the random one of a seed. The global generator is left alone."""
+        """A point that is the same at every call, drawn with a seed; the global generator is left alone."""
         generator = torch.Generator(device or "cpu").manual_seed(42 if seed is None else seed)
         return self.random(*size, dtype=dtype, device=device, generator=generator)
 
@@ -146,7 +146,7 @@ class Manifold(geoopt.Manifold):
 
     @operation
     def second_fundamental_form(self, x: Tensor, u: Tensor, v: Tensor) -> Any:
-        """The normal vector II(u, v): the acceleration, in the surrounding space, that the manifold asks for."""
+        """The normal vector II(u, v): the acceleration in the surrounding space that staying on needs."""
         raise ManifoldError(
             f"{self.name} is not a Riemannian submanifold of a Euclidean space: II is not defined"
         )
@@ -225,8 +225,8 @@ class RiemannianSubmanifold(Manifold):
     - the Weingarten map, W(u, n) = P_x (D_u P) n for normal n, which satisfies ⟨W(u, n), v⟩ = ⟨n, II(u, v)⟩;
     - the Hessian, Hess f[u] = P_x ∇²f[u] + W(u, (I − P_x) ∇f).
 
-    D_u P is taken by forward-mode differentiation of `proju`; subclasses replace it by closed forms. `proju` must
-    therefore be smooth in x in a neighbourhood of the manifold.
+    D_u P is taken by forward-mode differentiation of `proju`; subclasses replace it by closed forms. `proju`
+    must therefore be smooth in x in a neighbourhood of the manifold.
 
     Source: Absil, Mahony and Trumpf, "An extrinsic look at the Riemannian Hessian" (2013).
     """
@@ -299,7 +299,7 @@ def sum_point(value: Tensor, ndim: int, keepdim: bool = False) -> Tensor:
 
 
 def frobenius_norm(value: Tensor, ndim: int, keepdim: bool = False) -> Tensor:
-    """The root of the sum of squares over the dimensions of a point, without overflow; derivative 0 at zero."""
+    """The root of the sum of squares over a point's dimensions, without overflow; derivative 0 at zero."""
     dims = tuple(range(-ndim, 0))
     scale = value.detach().abs().amax(dims, keepdim=True) if ndim else value.detach().abs()
     usable = (scale > 0) & scale.isfinite()

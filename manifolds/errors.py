@@ -2,4 +2,4 @@
 
 
 class ManifoldError(ValueError):
-    """A point, a tangent or a setting does not fit a manifold; the message says which, why and how to mend it."""
+    """A point, a tangent or a setting does not fit; the message says which, why and how to mend it."""

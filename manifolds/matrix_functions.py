@@ -1,10 +1,10 @@
 """Functions of small matrices whose derivatives hold at repeated eigenvalues and singular values.
 
-`torch.linalg.eigh` and `torch.linalg.svd` divide by gaps of the spectrum in their backward pass, so that a square
-root or a polar factor written with them has the derivative NaN where two eigenvalues meet, although the function
-itself is smooth there. The functions here get their values from these decompositions and their derivatives from
-Sylvester equations, which have no gaps. They are differentiable to every order, in forward and reverse mode, under
-`vmap` and `torch.compile`.
+`torch.linalg.eigh` and `torch.linalg.svd` divide by gaps of the spectrum in their backward pass, so that a
+square root or a polar factor written with them has the derivative NaN where two eigenvalues meet, although the
+function itself is smooth there. The functions here get their values from these decompositions and their
+derivatives from Sylvester equations, which have no gaps. They are differentiable to every order, in forward and
+reverse mode, under `vmap` and `torch.compile`.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def inverse_sqrtm_spd(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*ba
 
 
 def polar(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
-    """The orthonormal polar factor Y of a matrix X = Y H with full column rank (m ≥ n): the nearest orthonormal matrix.
+    """The orthonormal polar factor Y of X = Y H (m ≥ n, full column rank): the nearest orthonormal matrix.
 
     Formula: X = U Σ Vᵀ gives Y = U Vᵀ and H = V Σ Vᵀ. Its derivative is
     dY = Y Ω + (I − Y Yᵀ) dX H⁻¹ with H Ω + Ω H = Yᵀ dX − dXᵀ Y.
@@ -60,7 +60,7 @@ def polar(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
 
 
 def _choose(plain: type[Function], forward: type[Function]) -> Any:
-    """The variant with a forward-mode rule, or the one without it where `torch.compile` traces: it takes no such rule."""
+    """The variant with a forward-mode rule; where `torch.compile` traces, which takes none, the other."""
     return plain if torch.compiler.is_compiling() else forward
 
 
@@ -133,13 +133,15 @@ class _Polar(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _polar_derivative(*ctx.saved_tensors, gradient)
+        matrix, factor = ctx.saved_tensors
+        return _polar_derivative(matrix, factor, gradient)
 
 
 class _PolarForward(_Polar):
     @staticmethod
     def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
-        return _polar_derivative(*ctx.saved_tensors, d_matrix)
+        matrix, factor = ctx.saved_tensors
+        return _polar_derivative(matrix, factor, d_matrix)
 
 
 def _polar_derivative(matrix: Tensor, factor: Tensor, change: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 `Manifold` wraps the operations of its subclasses in `operation`: devices and dtypes must agree, shapes must fit,
 points must lie on the manifold and tangent vectors in the tangent space, half precision is computed in float32.
-The checks of values cost about as much as a projection, and on a GPU they wait for it. They are made once per call
-from outside, never for calls between operations; `unchecked` leaves them out, as the solvers and optimizers do after
-their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are left out too.
+The checks of values cost about as much as a projection, and on a GPU they wait for it. They are made once per
+call from outside, never for calls between operations; `unchecked` leaves them out, as the solvers and optimizers
+do after their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are left out too.
 """
 
 import functools
@@ -38,8 +38,8 @@ OPERATIONS = {
 }  # fmt: skip
 HALF = (torch.float16, torch.bfloat16)
 OPERATION_TOLERANCE = 1e-3
-"""How far off a point or a tangent may be before an operation refuses it. Coarse on purpose: finite differences and
-long runs drift, and a wrong argument is off by far more. `Manifold.contains` is the fine test."""
+"""How far off a point or a tangent may be before an operation refuses it. Coarse on purpose: finite differences
+and long runs drift, and a wrong argument is off by far more. `Manifold.contains` is the fine test."""
 
 
 class _Local(threading.local):
@@ -51,7 +51,7 @@ _local = _Local()
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Leaves out the checks of values, for a loop whose points are known to be right. Shapes and devices are checked."""
+    """Leaves out the checks of values, for loops whose points are known to be right; shapes are still checked."""
     _local.quiet += 1
     try:
         yield
@@ -64,7 +64,7 @@ def operation(method: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(method, "_is_operation", False):
         return method
     name = method.__name__
-    names = [parameter for parameter in inspect.signature(inspect.unwrap(method)).parameters][1:]
+    names = list(inspect.signature(inspect.unwrap(method)).parameters)[1:]
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **options: Any) -> Any:
@@ -103,7 +103,7 @@ def _compute(
 
 
 def _agree(manifold: Any, name: str, tensors: dict[str, Tensor]) -> torch.dtype | None:
-    """Checks devices, dtypes and shapes; the half-precision dtype of the arguments, if that is what they have."""
+    """Checks devices, dtypes and shapes; gives the half-precision dtype of the arguments, if they have one."""
     (first, lead), *others = tensors.items()
     if not lead.is_floating_point():
         raise _error(

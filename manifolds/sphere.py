@@ -70,7 +70,7 @@ class Sphere(RiemannianSubmanifold):
         return x / frobenius_norm(x, self.ndim, keepdim=True)
 
     def proju(self, x: Float[Tensor, "..."], u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """u − ⟨x, u⟩ x."""
+        """The part of u at right angles to x: u − ⟨x, u⟩ x."""
         return u - sum_point(x * u, self.ndim, True) * x
 
     def retr(self, x: Float[Tensor, "..."], u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -93,7 +93,7 @@ class Sphere(RiemannianSubmanifold):
         return torch.where(opposite, torch.nan, ratio * toward)
 
     def dist(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], *, keepdim: bool = False) -> Tensor:
-        """The angle (*batch) in radians, 2 atan2(‖x − y‖, ‖x + y‖): right for nearby and for opposite points."""
+        """The angle (*batch) in radians, 2 atan2(‖x − y‖, ‖x + y‖): right for near and for opposite points."""
         return 2 * torch.atan2(
             frobenius_norm(x - y, self.ndim, keepdim), frobenius_norm(x + y, self.ndim, keepdim)
         )
@@ -105,7 +105,7 @@ class Sphere(RiemannianSubmanifold):
     def transp(
         self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], v: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
-        """Parallel transport along the shortest geodesic: v − ⟨y, v⟩ / (1 + ⟨x, y⟩) (x + y). NaN at y = −x."""
+        """Parallel transport on the shortest geodesic: v − ⟨y, v⟩ / (1 + ⟨x, y⟩) (x + y). NaN at y = −x."""
         return v - sum_point(y * v, self.ndim, True) / (1 + sum_point(x * y, self.ndim, True)) * (x + y)
 
     def weingarten(
