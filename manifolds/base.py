@@ -21,7 +21,7 @@ from manifolds.operations import OPERATIONS, operation, widened
 
 @dataclass(frozen=True)
 class Containment:
-    """Whether points lie on a manifold, or vectors in a tangent space; as a condition, whether all of them do.
+    """Whether points lie on a manifold, or vectors in a tangent space; true when all of them do.
 
     Attributes:
         inside: for each item of the batch.
@@ -38,7 +38,7 @@ class Containment:
 
 
 class Manifold(geoopt.Manifold):
-    """A set with tangent spaces. A point is one tensor: its last `ndim` dimensions; those before are the batch.
+    """A set with tangent spaces. A point is a tensor's last `ndim` dimensions; those before are the batch.
 
     A subclass gives `projx`, `proju`, `retr`, `transp`, `inner`, `egrad2rgrad`, `dimension`, `point_defects`
     and `tangent_defects`, and what it can of `expmap`, `logmap`, `ehess2rhess`, `second_fundamental_form`.

@@ -1,10 +1,10 @@
 """Functions of small matrices whose derivatives hold at repeated eigenvalues and singular values.
 
 `torch.linalg.eigh` and `torch.linalg.svd` divide by gaps of the spectrum in their backward pass, so that a
-square root or a polar factor written with them has the derivative NaN where two eigenvalues meet, although the
-function itself is smooth there. The functions here get their values from these decompositions and their
-derivatives from Sylvester equations, which have no gaps. They are differentiable to every order, in forward and
-reverse mode, under `vmap` and `torch.compile`.
+square root or a polar factor written with them has the derivative NaN where two eigenvalues meet, although
+the function itself is smooth there. The functions here get their values from these decompositions and their
+derivatives from Sylvester equations, which have no gaps. They are differentiable to every order, in forward
+and reverse mode, under `vmap` and `torch.compile`.
 """
 
 from typing import Any

@@ -1,10 +1,11 @@
 """What every operation of a manifold checks before it computes, written once.
 
-`Manifold` wraps the operations of its subclasses in `operation`: devices and dtypes must agree, shapes must fit,
-points must lie on the manifold and tangent vectors in the tangent space, half precision is computed in float32.
-The checks of values cost about as much as a projection, and on a GPU they wait for it. They are made once per
-call from outside, never for calls between operations; `unchecked` leaves them out, as the solvers and optimizers
-do after their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are left out too.
+`Manifold` wraps the operations of its subclasses in `operation`: devices and dtypes must agree, shapes must
+fit, points must lie on the manifold and tangent vectors in the tangent space, half precision is computed in
+float32. The checks of values cost about as much as a projection, and on a GPU they wait for it. They are made
+once per call from outside, never for calls between operations; `unchecked` leaves them out, as the solvers and
+optimizers do after their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are
+left out too.
 """
 
 import functools
@@ -38,8 +39,8 @@ OPERATIONS = {
 }  # fmt: skip
 HALF = (torch.float16, torch.bfloat16)
 OPERATION_TOLERANCE = 1e-3
-"""How far off a point or a tangent may be before an operation refuses it. Coarse on purpose: finite differences
-and long runs drift, and a wrong argument is off by far more. `Manifold.contains` is the fine test."""
+"""How far off a point or a tangent may be before an operation refuses it. Coarse on purpose: finite
+differences and long runs drift, and a wrong argument is off by far more. `Manifold.contains` is the fine test."""
 
 
 class _Local(threading.local):
@@ -51,7 +52,7 @@ _local = _Local()
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Leaves out the checks of values, for loops whose points are known to be right; shapes are still checked."""
+    """Leaves out the checks of values, for loops whose points are right; shapes are still checked."""
     _local.quiet += 1
     try:
         yield
@@ -103,7 +104,7 @@ def _compute(
 
 
 def _agree(manifold: Any, name: str, tensors: dict[str, Tensor]) -> torch.dtype | None:
-    """Checks devices, dtypes and shapes; gives the half-precision dtype of the arguments, if they have one."""
+    """Checks devices, dtypes and shapes; gives the half-precision dtype, if that is what it is."""
     (first, lead), *others = tensors.items()
     if not lead.is_floating_point():
         raise _error(

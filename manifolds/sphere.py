@@ -93,7 +93,7 @@ class Sphere(RiemannianSubmanifold):
         return torch.where(opposite, torch.nan, ratio * toward)
 
     def dist(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], *, keepdim: bool = False) -> Tensor:
-        """The angle (*batch) in radians, 2 atan2(‖x − y‖, ‖x + y‖): right for near and for opposite points."""
+        """The angle (*batch) in radians, 2 atan2(‖x − y‖, ‖x + y‖): right for near and opposite points."""
         return 2 * torch.atan2(
             frobenius_norm(x - y, self.ndim, keepdim), frobenius_norm(x + y, self.ndim, keepdim)
         )
