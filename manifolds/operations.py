@@ -3,8 +3,8 @@
 `Manifold` wraps the operations of its subclasses in `operation`: devices and dtypes must agree, shapes must
 fit, points must lie on the manifold and tangent vectors in the tangent space, half precision is computed in
 float32. The checks of values cost about as much as a projection, and on a GPU they wait for it. They are made
-once per call from outside, never for calls between operations; `unchecked` leaves them out, as the solvers and
-optimizers do after their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are
+once per call from outside, never for calls between operations; `unchecked` leaves them out, as the solvers
+and optimizers do after their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are
 left out too.
 """
 
@@ -40,7 +40,7 @@ OPERATIONS = {
 HALF = (torch.float16, torch.bfloat16)
 OPERATION_TOLERANCE = 1e-3
 """How far off a point or a tangent may be before an operation refuses it. Coarse on purpose: finite
-differences and long runs drift, and a wrong argument is off by far more. `Manifold.contains` is the fine test."""
+differences and long runs drift, a wrong argument is off by far more. `Manifold.contains` is the fine test."""
 
 
 class _Local(threading.local):
