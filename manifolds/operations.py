@@ -4,8 +4,8 @@
 fit, points must lie on the manifold and tangent vectors in the tangent space, half precision is computed in
 float32. The checks of values cost about as much as a projection, and on a GPU they wait for it. They are made
 once per call from outside, never for calls between operations; `unchecked` leaves them out, as the solvers
-and optimizers do after their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they are
-left out too.
+and optimizers do after their first look. Under `vmap` and `torch.compile`, where a value cannot be read, they
+are left out too.
 """
 
 import functools
