@@ -6,6 +6,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from jaxtyping import install_import_hook
+import jaxtyping
+import torch
 
-install_import_hook(["manifolds", "peft_analysis", "geoedit", "experiments"], "beartype.beartype")
+
+class OffWhileCompiling(type(jaxtyping.config)):
+    """The checks of shapes stand aside while `torch.compile` traces: it cannot look into them."""
+
+    jaxtyping_disable = property(lambda self: torch.compiler.is_compiling())
+
+
+jaxtyping.config.__class__ = OffWhileCompiling
+jaxtyping.install_import_hook(["manifolds", "peft_analysis", "geoedit", "experiments"], "beartype.beartype")
