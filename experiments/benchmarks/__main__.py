@@ -1,7 +1,7 @@
 """Every benchmark, or those that are named: ``python -m experiments.benchmarks [NAME ...]``.
 
-One thread; the rows go to docs/results/benchmarks.json and, as a table, to benchmarks.md. A benchmark that is not
-named keeps the rows of its last run.
+One thread; the rows go to docs/results/benchmarks.json and, as a table, to benchmarks.md. A benchmark that is
+not named keeps the rows of its last run.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m experiments.benchmarks`. Ratio: the peer's time over ours, both taken in turn in one",
-        "run on one thread; above 1, ours is faster. The range is the quartiles over the rounds, or the extremes",
-        "where there were few.",
+        "Written by `python -m experiments.benchmarks`. Ratio: the peer's time over ours, both taken in turn",
+        "in one run on one thread; above 1, ours is faster. The range is the quartiles over the rounds, or",
+        "the extremes where there were few.",
         "",
         "| work | peer | ours, ms | peer, ms | ratio (range) | aim | met |",
         "|---|---|---|---|---|---|---|",
@@ -111,8 +111,8 @@ def growth_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Growth",
         "",
-        "Exponent of the time against each size, the others kept at 8×(1024×16) in float32, and the share of the",
-        "memory bandwidth of a large copy at the largest size, counting each tensor once.",
+        "Exponent of the time against each size, the others kept at 8×(1024×16) in float32, and the share of",
+        "the memory bandwidth of a large copy at the largest size, counting each tensor once.",
         "",
         "| operation | batch | rows | rank | largest | GB/s | share |",
         "|---|---|---|---|---|---|---|",
