@@ -15,7 +15,7 @@ from geoopt import ManifoldTensor
 from jaxtyping import Float
 from torch import Tensor
 
-from manifolds.errors import ManifoldError
+from manifolds.errors import ManifoldError, MissingOperationError
 from manifolds.operations import OPERATIONS, operation, widened
 
 
@@ -50,6 +50,9 @@ class Manifold(geoopt.Manifold):
         reversible: whether transport along the retraction can be undone by transporting back (geoopt's flag).
         retractions: the retractions by name, with their order: how far each follows a geodesic.
         isometric: the names of the transports that keep inner products.
+        metric_is_ambient: whether `inner` holds for vectors of the surrounding space too, not only for
+            tangent ones.
+        example_shape: the shape of one point, for examples, where the number of dimensions does not give one.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Manifold(geoopt.Manifold):
     reversible: bool = False
     retractions: ClassVar[dict[str, int]] = {}
     isometric: ClassVar[frozenset[str]] = frozenset()
+    metric_is_ambient: bool = True
+    example_shape: tuple[int, ...] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -76,6 +81,14 @@ class Manifold(geoopt.Manifold):
     def tangent_defects(self, x: Tensor, u: Tensor) -> dict[str, Tensor]:
         """For each condition on a tangent vector, the residual (*batch) relative to the size of u."""
         raise NotImplementedError
+
+    def embedding(self, x: Tensor) -> Tensor:
+        """The point in a Euclidean space, the same for every representative of it; here the point itself.
+
+        A quotient overrides it with what its representatives share, as x xᵀ of a subspace's basis x. `check`
+        tries functions of it.
+        """
+        return x
 
     # Points and vectors
 
@@ -137,17 +150,17 @@ class Manifold(geoopt.Manifold):
     @operation
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """The initial velocity of the shortest geodesic from x to y."""
-        raise ManifoldError(f"{self.name} has no logarithm")
+        raise MissingOperationError(f"{self.name} has no logarithm")
 
     @operation
     def ehess2rhess(self, x: Tensor, g: Tensor, h: Tensor, u: Tensor) -> Tensor:
         """The Riemannian Hessian applied to u, from the Euclidean gradient and Hessian-vector product."""
-        raise ManifoldError(f"{self.name} has no conversion of the Hessian")
+        raise MissingOperationError(f"{self.name} has no conversion of the Hessian")
 
     @operation
     def second_fundamental_form(self, x: Tensor, u: Tensor, v: Tensor) -> Any:
         """The normal vector II(u, v): the acceleration in the surrounding space that staying on needs."""
-        raise ManifoldError(
+        raise MissingOperationError(
             f"{self.name} is not a Riemannian submanifold of a Euclidean space: II is not defined"
         )
 
