@@ -23,6 +23,9 @@ from manifolds.errors import ManifoldError
 POINTS = {"x", "y"}
 TANGENTS: dict[str, set[str]] = {
     "retr": {"u"},
+    "retr_qr": {"u"},
+    "retr_polar": {"u"},
+    "retr_cayley": {"u"},
     "expmap": {"u"},
     "transp": {"v"},
     "retr_transp": {"u", "v"},
