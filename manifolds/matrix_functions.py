@@ -47,7 +47,7 @@ def sqrtm_spd(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"
 
 def inverse_sqrtm_spd(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """The inverse of the symmetric square root of a symmetric positive definite matrix."""
-    return torch.linalg.inv(sqrtm_spd(matrix))
+    return torch.linalg.inv_ex(sqrtm_spd(matrix))[0]
 
 
 def polar(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
@@ -57,6 +57,28 @@ def polar(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
     dY = Y Ω + (I − Y Yᵀ) dX H⁻¹ with H Ω + Ω H = Yᵀ dX − dXᵀ Y.
     """
     return _choose(_Polar, _PolarForward).apply(matrix)
+
+
+def nearest_rotation(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The rotation (determinant +1) nearest to a square matrix X in the Frobenius norm.
+
+    Formula: X = U Σ Vᵀ with decreasing σ gives R = U diag(1, …, 1, det(U Vᵀ)) Vᵀ. Its derivative is R Ω,
+        where the
+    symmetric H = Rᵀ X gives H Ω + Ω H = Rᵀ dX − dXᵀ R. Where det X ≤ 0 and σₙ₋₁ = σₙ several rotations are
+    nearest: one is returned, and the derivative is not finite; nor is it at det X = 0.
+
+    Source: Kabsch, "A solution for the best rotation to relate two sets of vectors" (1976).
+    """
+    return _choose(_Rotation, _RotationForward).apply(matrix)
+
+
+def eigh_finite(
+    matrix: Float[Tensor, "*batch n n"],
+) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
+    """Eigenvalues, increasing, and eigenvectors of symmetric matrices; items that are not finite have NaN for values."""
+    finite = matrix.isfinite().all(-1).all(-1).unsqueeze(-1)
+    values, vectors = torch.linalg.eigh(torch.where(finite.unsqueeze(-1), matrix, 0.0))
+    return torch.where(finite, values, torch.nan), vectors
 
 
 def _choose(plain: type[Function], forward: type[Function]) -> Any:
@@ -69,7 +91,7 @@ class _Sylvester(Function):
 
     @staticmethod
     def forward(positive: Tensor, right: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(positive)
+        values, vectors = eigh_finite(positive)
         inner = vectors.mT @ right @ vectors
         return vectors @ (inner / (values.unsqueeze(-1) + values.unsqueeze(-2))) @ vectors.mT
 
@@ -97,7 +119,7 @@ class _SquareRoot(Function):
 
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = eigh_finite(matrix)
         return vectors @ (values.sqrt().unsqueeze(-1) * vectors.mT)
 
     @staticmethod
@@ -123,8 +145,9 @@ class _Polar(Function):
 
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left @ right
+        finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
+        left, _, right = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)
+        return torch.where(finite, left @ right, torch.nan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -150,4 +173,37 @@ def _polar_derivative(matrix: Tensor, factor: Tensor, change: Tensor) -> Tensor:
     inner = factor.mT @ change
     outside = change - factor @ inner
     turn = solve_sylvester(stretch, inner - inner.mT)
-    return factor @ turn + torch.linalg.solve(stretch, outside, left=False)
+    return factor @ turn + torch.linalg.solve_ex(stretch, outside, left=False)[0]
+
+
+class _Rotation(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
+        left, _, right = torch.linalg.svd(torch.where(finite, matrix, 0.0))
+        sign = torch.linalg.det(left @ right).sign()[..., None, None]
+        last = torch.arange(matrix.shape[-1], device=matrix.device) == matrix.shape[-1] - 1
+        return torch.where(finite, (left * torch.where(last, sign, 1.0)) @ right, torch.nan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _rotation_derivative(*ctx.saved_tensors, gradient)
+
+
+class _RotationForward(_Rotation):
+    @staticmethod
+    def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
+        return _rotation_derivative(*ctx.saved_tensors, d_matrix)
+
+
+def _rotation_derivative(matrix: Tensor, rotation: Tensor, change: Tensor) -> Tensor:
+    """The derivative of the nearest rotation; self-adjoint, so that it serves both modes."""
+    inner = rotation.mT @ change
+    return rotation @ solve_sylvester(sym(rotation.mT @ matrix), inner - inner.mT)
