@@ -75,10 +75,22 @@ def nearest_rotation(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*bat
 def eigh_finite(
     matrix: Float[Tensor, "*batch n n"],
 ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
-    """Eigenvalues, increasing, and eigenvectors of symmetric matrices; items that are not finite have NaN for values."""
+    """Increasing eigenvalues, and eigenvectors, of symmetric matrices; NaN for values where not finite."""
     finite = matrix.isfinite().all(-1).all(-1).unsqueeze(-1)
     values, vectors = torch.linalg.eigh(torch.where(finite.unsqueeze(-1), matrix, 0.0))
     return torch.where(finite, values, torch.nan), vectors
+
+
+def exponential(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The matrix exponential, to rounding for one matrix as for many.
+
+    torch 2.13's `matrix_exp` takes another path for a single matrix, with Taylor polynomials of too low a degree: it
+    is off by up to 2e-10 in float64 and 3e-5 in float32, in its derivatives, too. Two copies take the good one.
+    """
+    if matrix.shape[:-2].numel() != 1:
+        return torch.linalg.matrix_exp(matrix)
+    flat = matrix.reshape(1, *matrix.shape[-2:])
+    return torch.linalg.matrix_exp(torch.cat([flat, flat.detach()]))[:1].reshape(matrix.shape)
 
 
 def _choose(plain: type[Function], forward: type[Function]) -> Any:
@@ -194,16 +206,18 @@ class _Rotation(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _rotation_derivative(*ctx.saved_tensors, gradient)
+        matrix, rotation = ctx.saved_tensors
+        return _turn(matrix, rotation, gradient)
 
 
 class _RotationForward(_Rotation):
     @staticmethod
     def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
-        return _rotation_derivative(*ctx.saved_tensors, d_matrix)
+        matrix, rotation = ctx.saved_tensors
+        return _turn(matrix, rotation, d_matrix)
 
 
-def _rotation_derivative(matrix: Tensor, rotation: Tensor, change: Tensor) -> Tensor:
+def _turn(matrix: Tensor, rotation: Tensor, change: Tensor) -> Tensor:
     """The derivative of the nearest rotation; self-adjoint, so that it serves both modes."""
     inner = rotation.mT @ change
     return rotation @ solve_sylvester(sym(rotation.mT @ matrix), inner - inner.mT)
