@@ -1,0 +1,82 @@
+"""Directional derivatives of a batched map, forwards and backwards, many directions at once.
+
+A map takes (items, *point) to (items, outputs), each item by itself, so that one product with the Jacobian of the
+whole batch is a product with every item's own Jacobian.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from manifolds.errors import ManifoldError
+
+Map = Callable[[Tensor], Tensor]
+Mode = Literal["forward", "reverse"]
+
+
+def derivative(function: Map, x: Tensor, v: Tensor, mode: Mode = "forward") -> tuple[Tensor, Tensor]:
+    """The value at x and the directional derivative along v.
+
+    "forward" pushes the vector through the map (one pass). "reverse" takes the derivative of the linear map
+    u ↦ Jᵀ u, which reverse mode gives, along v: for maps whose operations know no forward mode.
+
+    Raises:
+        ManifoldError: an operation of the map has no forward mode.
+    """
+    if mode == "reverse":
+        value, pull = torch.func.vjp(function, x)
+        _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))
+        return value, push(v)[0]
+    try:
+        value, slope = torch.func.jvp(function, (x,), (v,))
+    except NotImplementedError as unknown:
+        if "forward AD" not in str(unknown) and "forward-mode" not in str(unknown):
+            raise
+        reason = str(unknown).split(". ")[0]
+        raise ManifoldError(
+            f"Pullback: the map has an operation without forward-mode derivative ({reason}); construct it with "
+            "derivatives='reverse'"
+        ) from unknown
+    return value, slope
+
+
+def second_derivative(function: Map, x: Tensor, u: Tensor, v: Tensor, mode: Mode = "forward") -> Tensor:
+    """D²f(u, v), the derivative along u of the derivative along v."""
+    return derivative(lambda point: derivative(function, point, v, mode)[1], x, u, mode)[1]
+
+
+class Linearization:
+    """A map at points, with products with its Jacobians J and their transposes, several vectors a point.
+
+    Attributes:
+        value: the outputs (items, outputs).
+    """
+
+    def __init__(self, function: Map, x: Float[Tensor, "items *point"], mode: Mode = "forward") -> None:
+        self.x, self.function, self.mode = x, function, mode
+        self.value, self._pull = torch.func.vjp(function, x)
+
+    def push(self, vectors: Float[Tensor, "items k *point"]) -> Float[Tensor, "items k outputs"]:
+        """J v for each vector."""
+        if self.mode == "reverse":
+            _, push = torch.func.vjp(lambda u: self._pull(u)[0], torch.zeros_like(self.value))
+            return torch.func.vmap(lambda v: push(v)[0], 1, 1)(vectors)
+        return torch.func.vmap(lambda v: derivative(self.function, self.x, v)[1], 1, 1)(vectors)
+
+    def pull(self, covectors: Float[Tensor, "items k outputs"]) -> Float[Tensor, "items k *point"]:
+        """Jᵀ u for each covector."""
+        return torch.func.vmap(lambda u: self._pull(u)[0], 1, 1)(covectors)
+
+    def jacobian(self) -> Float[Tensor, "items size outputs"]:
+        """Every row the derivative along one coordinate of the point."""
+        return self.push(basis_like(self.x))
+
+
+def basis_like(x: Float[Tensor, "items *point"]) -> Float[Tensor, "items size *point"]:
+    """The coordinate directions at each point."""
+    size = x[0].numel()
+    eye = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *x.shape[1:])
+    return eye.expand(x.shape[0], *eye.shape)
