@@ -1,0 +1,210 @@
+"""The function that is minimised: its values, gradients and products with its second derivative, for a flat batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifolds.errors import ManifoldError
+from manifolds.solvers.geometry import Geometry, finite, spread
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen at the points x (N, *point).
+
+    Attributes:
+        x: the points.
+        value: f (N).
+        egrad: the Euclidean gradient (N, *point); zero where it is not finite.
+        gradient: the Riemannian gradient (N, *point).
+        norm: its norm (N).
+        finite: whether value and gradient are (N).
+        product: u ↦ Hess f[u], or u ↦ grad(JᵀJ u) for residuals; None if it was not asked for.
+    """
+
+    x: Tensor
+    value: Tensor
+    egrad: Tensor
+    gradient: Tensor
+    norm: Tensor
+    finite: Tensor
+    product: Product | None
+
+
+class Problem:
+    """A function on a manifold, seen item by item.
+
+    The Hessian is linearised once a point: the gradient's graph is kept, and each Hessian-vector product is
+    one backward pass through it. The Hessian is symmetric, so that the vector-Jacobian product of the
+    gradient, which `torch.func.vjp(torch.func.grad(f), x)` gives as well, is its Hessian-vector product.
+
+    Args:
+        f: takes (*batch, *point), returns (*batch), or residuals (*batch, k).
+        geometry: of the manifold.
+        batch: the shape that f sees.
+        residuals: whether f returns residuals; the value is then ½‖r‖².
+        egrad: the Euclidean gradient x ↦ ∇f, in place of differentiation.
+        ehess: the Euclidean Hessian-vector product (x, u) ↦ ∇²f u, in place of differentiation. Without it an
+            `egrad` that cannot be differentiated gets its Hessian by differences, as `Geometry` does in
+        general. lift: the substitution v ↦ x under which the solver sees f; identity if not given.
+    """
+
+    def __init__(
+        self,
+        f: Callable[[Tensor], Tensor],
+        geometry: Geometry,
+        batch: torch.Size,
+        *,
+        residuals: bool = False,
+        egrad: Callable[[Tensor], Tensor] | None = None,
+        ehess: Callable[[Tensor, Tensor], Tensor] | None = None,
+        lift: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.lift = lift
+        self.f, self.geometry, self.batch = f, geometry, batch
+        self.residuals, self.egrad, self.ehess = residuals, egrad, ehess
+        self.first: Tensor | None = None
+
+    def shown(self, x: Tensor) -> Tensor:
+        """Points (N, *point) of the solver as the caller knows them (*batch, *point)."""
+        x = x.reshape(self.batch + x.shape[1:])
+        return x if self.lift is None else self.lift(x)
+
+    def rounding(self, value: Tensor) -> Tensor:
+        """Changes of f as small as this (N) are not seen: 10³ ε |f|, and 10⁶ ε² of the first value where f goes to zero."""
+        eps = torch.finfo(value.dtype).eps
+        first = value if self.first is None else self.first
+        return 1e3 * eps * torch.maximum(value.abs(), 1e3 * eps * first.abs())
+
+    def look(self, x: Tensor, *, curvature: bool = False) -> Look:
+        """Value and gradient at x, and if asked the product with the second derivative."""
+        second = curvature and (
+            self.residuals or (self.geometry.hessian != "difference" and self.ehess is None)
+        )
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(self.egrad is None or second)
+            value, egrad, product = self._differentiate(point, second)
+        seen = value.isfinite() & finite(egrad)
+        egrad = torch.where(spread(seen, egrad), egrad, 0)
+        gradient = self.geometry.gradient(x, egrad)
+        look = Look(x, value, egrad, gradient, self.geometry.norm(x, gradient), seen, None)
+        return replace(look, product=self._product(look, product)) if curvature else look
+
+    def _product(self, look: Look, product: Product | None) -> Product:
+        x, geometry = look.x, self.geometry
+
+        def exact(u: Tensor) -> Tensor:
+            h = self._user_hessian(x, u) if product is None else product(u)
+            h = torch.where(spread(finite(h), h), h, 0)
+            return (
+                geometry.gradient(x, h) if self.residuals else geometry.hessian_product(x, look.egrad, h, u)
+            )
+
+        def difference(u: Tensor) -> Tensor:
+            size = geometry.norm(x, u)
+            t = spread(torch.finfo(x.dtype).eps ** 0.5 / torch.where(size > 0, size, 1.0), u)
+            y = geometry.retract(x, t * u)
+            there = geometry.transport(y, x, self.look(y).gradient)
+            return (there - look.gradient) / t
+
+        inexact = geometry.hessian == "difference" or (product is None and self.ehess is None)
+        return difference if inexact and not self.residuals else exact
+
+    def _differentiate(self, x: Tensor, second: bool) -> tuple[Tensor, Tensor, Product | None]:
+        """Value (N), Euclidean gradient and, if asked, the product with the second derivative, without a graph."""
+        output = self._call(x)
+        if self.residuals:
+            return _of_residuals(x, output, second)
+        value = output.reshape(-1).to(x.dtype)
+        if self.egrad is not None:
+            egrad = self._user_gradient(x)
+        else:
+            _connected(output)
+            (egrad,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=second)
+        opaque = self.egrad is not None and not egrad.requires_grad
+        product = _pullback(egrad, x) if second and not opaque else None
+        return value.detach(), egrad.detach(), product
+
+    def _call(self, x: Tensor) -> Tensor:
+        output = self.f(self.shown(x))
+        wanted = (
+            f"(*batch, k) = {(*self.batch, 'k')}" if self.residuals else f"(*batch) = {tuple(self.batch)}"
+        )
+        what = "residuals" if self.residuals else "one value per item"
+        if not isinstance(output, Tensor):
+            raise ManifoldError(
+                f"minimize: f returned {type(output).__name__}; a tensor of shape {wanted}, {what}, is expected"
+            )
+        if output.device != x.device:
+            raise ManifoldError(
+                f"minimize: x0 is on {x.device} and f returned a tensor on {output.device}; move them to one device"
+            )
+        shape = output.shape[:-1] if self.residuals and output.ndim else output.shape
+        if shape != self.batch or (self.residuals and output.ndim == 0):
+            raise ManifoldError(
+                f"minimize: f returned shape {tuple(output.shape)} for x of shape {(*self.batch, *x.shape[1:])}; "
+                f"{wanted}, {what}, is expected"
+            )
+        if not output.is_floating_point():
+            raise ManifoldError(
+                f"minimize: f returned dtype {output.dtype}; real floating-point values are expected"
+            )
+        return output
+
+    def _user_gradient(self, x: Tensor) -> Tensor:
+        point = x.reshape(self.batch + x.shape[1:])
+        egrad = self.egrad(point)  # type: ignore[misc]
+        return _shaped(egrad, point, "egrad").reshape(x.shape)
+
+    def _user_hessian(self, x: Tensor, u: Tensor) -> Tensor:
+        point = x.reshape(self.batch + x.shape[1:])
+        h = self.ehess(point, u.reshape(point.shape))  # type: ignore[misc]
+        return _shaped(h, point, "ehess").reshape(x.shape).detach()
+
+
+def _of_residuals(x: Tensor, output: Tensor, second: bool) -> tuple[Tensor, Tensor, Product | None]:
+    """½‖r‖², Jᵀr and u ↦ JᵀJ u; J u is the derivative of w ↦ Jᵀw, which is linear in w."""
+    _connected(output)
+    residual = output.reshape(x.shape[0], output.shape[-1]).to(x.dtype)
+    value = residual.detach().square().sum(-1) / 2
+    (egrad,) = torch.autograd.grad(residual, x, residual.detach(), retain_graph=second)
+    if not second:
+        return value, egrad, None
+    weight = torch.zeros_like(residual, requires_grad=True)
+    (pulled,) = torch.autograd.grad(residual, x, weight, create_graph=True)
+    push, pull = _pullback(pulled, weight), _pullback(residual, x)
+    return value, egrad, lambda u: pull(push(u))
+
+
+def _pullback(output: Tensor, x: Tensor) -> Product:
+    """U ↦ (∂output/∂x)ᵀ u through a graph that is kept."""
+    if not output.requires_grad:
+        return lambda u: torch.zeros_like(x)
+
+    def product(u: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(output, x, u, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(x) if found is None else found.detach()
+
+    return product
+
+
+def _connected(output: Tensor) -> None:
+    if not output.requires_grad:
+        raise ManifoldError(
+            "minimize: what f returned does not depend on x by differentiable operations (it has no graph); "
+            "compute it from x with torch and without detach, item or numpy, or pass egrad="
+        )
+
+
+def _shaped(tensor: Any, point: Tensor, name: str) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.shape != point.shape:
+        said = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ManifoldError(
+            f"minimize: {name} returned {said}; the shape of x, {tuple(point.shape)}, is expected"
+        )
+    return tensor.to(point.dtype)
