@@ -247,7 +247,8 @@ class RiemannianSubmanifold(Manifold):
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
         """⟨u, v⟩ of the surrounding space, the sum of the products of entries (*batch)."""
         product = u * (u if v is None else v)
-        product = product.expand(torch.broadcast_shapes(product.shape, x.shape))
+        if product.shape != x.shape:
+            product = product.expand(torch.broadcast_shapes(product.shape, x.shape))
         return sum_point(product, self.ndim, keepdim)
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
