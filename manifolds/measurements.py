@@ -159,15 +159,15 @@ def random_function(
     """A smooth function (*batch) of points, not a polynomial, equal on all representatives of a point."""
     at = embed(manifold, x)
     lead = batch_dims(manifold, x)
-    shape = at.shape[lead:]
     scale = positive(size(at, lead).mean())
-    blank = at.new_empty(shape)
+    blank = at.new_empty(at.shape[lead:])
     slope, bend, wave, ripple = (noise(blank, generator) / scale for _ in range(4))
 
     def function(point: Tensor) -> Tensor:
         place = embed(manifold, point)
-        first, second, third = ((place * each).flatten(lead).sum(-1) for each in (slope, bend, wave))
-        return first + second**2 / 2 + torch.sin(third) + ((ripple * place) ** 2).flatten(lead).sum(-1) / 2
+        shape = (*place.shape[:lead], -1)
+        first, second, third = ((place * each).reshape(shape).sum(-1) for each in (slope, bend, wave))
+        return first + second**2 / 2 + torch.sin(third) + ((ripple * place) ** 2).reshape(shape).sum(-1) / 2
 
     return function
 
@@ -217,12 +217,16 @@ def taylor_slopes(
 
 def tangent_length(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
     """The norm of tangent vectors in the metric (*batch)."""
-    return plain(manifold.norm(x, u, keepdim=True)).flatten(batch_dims(manifold, x)).squeeze(-1)
+    return _per_item(manifold, plain(manifold.norm(x, u, keepdim=True)))
 
 
 def inner_product(manifold: geoopt.Manifold, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """⟨u, v⟩ (*batch), asked for with dimensions kept: geoopt's stereographic `inner` is wrong without."""
-    return plain(manifold.inner(x, u, v, keepdim=True)).flatten(batch_dims(manifold, x)).squeeze(-1)
+    return _per_item(manifold, plain(manifold.inner(x, u, v, keepdim=True)))
+
+
+def _per_item(manifold: geoopt.Manifold, kept: Tensor) -> Tensor:
+    return kept.reshape(kept.shape[: kept.ndim - manifold.ndim])
 
 
 def size(value: Tensor, lead: int) -> Tensor:

@@ -114,9 +114,10 @@ def tangent_dimension(
         rank = int((values > 1e-8 * values.max().clamp_min(1e-300)).sum()) if count else 0
     except Exception as fault:
         return [failed(name, fault)]
-    if not hasattr(manifold, "dimension"):
-        return [Measurement(name, float(rank), "not stated", None, f"{manifold.name} states no dimension")]
-    stated = int(manifold.dimension(point))
+    try:
+        stated = int(operation_named(manifold, "dimension")(point))  # type: ignore[arg-type]
+    except NotImplementedError as missing:
+        return [Measurement(name, float(rank), "not stated", None, str(missing))]
     return [Measurement(name, float(rank), f"= {stated}", rank == stated)]
 
 

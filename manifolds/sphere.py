@@ -31,7 +31,7 @@ class Sphere(RiemannianSubmanifold):
     """
 
     retractions: ClassVar[dict[str, int]] = {"projection": 2}
-    isometric: ClassVar[frozenset[str]] = frozenset({"transp", "transp_follow_expmap"})
+    isometric: ClassVar[frozenset[str]] = frozenset({"transp", "transp_follow_retr", "transp_follow_expmap"})
     reversible = True
 
     def __init__(self, ndim: int = 1) -> None:
