@@ -51,9 +51,12 @@ def qr_positive(matrix: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n 
     n, p = matrix.shape[-2:]
     gram = matrix.mT @ matrix
     rounding = 4 * (n**0.5 + p) * torch.finfo(matrix.dtype).eps
-    largest = gram.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    first = matrix @ _inverse_factor(gram + rounding * largest * _identity(matrix))
-    return first @ _inverse_factor(first.mT @ first)
+    identity, largest = _identity(matrix), gram.detach().amax((-2, -1), keepdim=True)
+    factor, _ = torch.linalg.cholesky_ex(torch.addcmul(gram, identity, largest, value=rounding))
+    first = matrix @ torch.linalg.solve_triangular(factor, identity, upper=False).mT
+    factor, fault = torch.linalg.cholesky_ex(first.mT @ first)
+    factor = factor.masked_fill((fault > 0)[..., None, None], torch.nan)
+    return first @ torch.linalg.solve_triangular(factor, identity, upper=False).mT
 
 
 def polar_positive(matrix: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
@@ -138,10 +141,3 @@ def broadcast_batch(*matrices: Tensor) -> list[Tensor]:
 
 def _identity(x: Tensor) -> Tensor:
     return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-
-
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """L⁻ᵀ of the Cholesky factorisation L Lᵀ; no wait for the device, and NaN where it breaks down."""
-    factor, info = torch.linalg.cholesky_ex(gram)
-    factor = torch.where((info == 0)[..., None, None], factor, torch.nan)
-    return torch.linalg.solve_triangular(factor, _identity(gram).expand_as(gram), upper=False).mT

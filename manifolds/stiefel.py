@@ -197,7 +197,9 @@ class Stiefel(Manifold):
 
     def retr(self, x: Point, u: Point) -> Result:
         """The retraction that was chosen."""
-        return getattr(self, f"retr_{self.retraction}")(x, u)
+        if self.retraction == "qr":
+            return qr_positive(x + u)
+        return polar_positive(x + u) if self.retraction == "polar" else polish(_Cayley(x, u).carry_frame())
 
     def retr_qr(self, x: Point, u: Point) -> Result:
         """The Q of X + U = Q R with positive diagonal of R; first order."""
