@@ -148,6 +148,28 @@ class Manifold(geoopt.Manifold):
         return self.inner(x, self.logmap(x, y), keepdim=keepdim)
 
     @operation
+    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """The vector v carried from x to retr(x, u)."""
+        return self.transp(x, self.retr(x, u), v)
+
+    @operation
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """The vector v carried from x to exp_x(u)."""
+        return self.transp(x, self.expmap(x, u), v)
+
+    @operation
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The point retr(x, u), and v carried there."""
+        y = self.retr(x, u)
+        return y, self.transp(x, y, v)
+
+    @operation
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The point exp_x(u), and v carried there."""
+        y = self.expmap(x, u)
+        return y, self.transp(x, y, v)
+
+    @operation
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """The initial velocity of the shortest geodesic from x to y."""
         raise MissingOperationError(f"{self.name} has no logarithm")

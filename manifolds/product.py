@@ -214,7 +214,7 @@ class Product(Manifold):
         return self._pairs("expmap_transp", x, u, v)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
-        """The sum Σ wᵢ ⟨uᵢ, vᵢ⟩ (*batch)."""
+        """The sum of the factors' inner products, each times its weight (*batch)."""
         v = u if v is None else v
         parts = [manifold.inner(p, a, b, keepdim=True) for manifold, p, a, b in self._parts(x, u, v)]
         return self._total(parts, torch.broadcast_shapes(x.shape, u.shape, v.shape), keepdim)
@@ -224,7 +224,7 @@ class Product(Manifold):
         return safe_sqrt(self.inner(x, u, keepdim=keepdim))
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """The root of Σ wᵢ dist(xᵢ, yᵢ)² (*batch)."""
+        """The root of the sum of the squared distances of the parts, each times its weight (*batch)."""
         batch = torch.broadcast_shapes(x.shape, y.shape)[:-1]
         parts = [
             manifold.dist(p, q, keepdim=True).reshape(*batch, -1) * weight**0.5

@@ -115,7 +115,7 @@ def tangent_dimension(
     except Exception as fault:
         return [failed(name, fault)]
     try:
-        stated = int(operation_named(manifold, "dimension")(point))  # type: ignore[arg-type]
+        stated = int(operation_named(manifold, "dimension")(point))
     except NotImplementedError as missing:
         return [Measurement(name, float(rank), "not stated", None, str(missing))]
     return [Measurement(name, float(rank), f"= {stated}", rank == stated)]

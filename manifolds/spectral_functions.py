@@ -136,7 +136,7 @@ class _Value(Function):
 
 class _ValueForward(_Value):
     @staticmethod
-    def jvp(ctx: Any, d_matrix: Tensor, d_values: None, d_vectors: None, d_name: None) -> Tensor:
+    def jvp(ctx: Any, d_matrix: Tensor, *unused: Any) -> Tensor:
         matrix, values, vectors = ctx.saved_tensors
         return _first(matrix, values, vectors, ctx.name, d_matrix)
 
@@ -207,9 +207,12 @@ class _Second(Function):
         ctx.save_for_backward(*inputs[:5])
         ctx.save_for_forward(*inputs[:5])
         ctx.name = inputs[5]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        if gradient is None:
+            return (None,) * 6
         if ctx.needs_input_grad[0]:
             raise ManifoldError(_THIRD)
         matrix, one, other, values, vectors = ctx.saved_tensors
@@ -220,7 +223,7 @@ class _Second(Function):
 
 class _SecondForward(_Second):
     @staticmethod
-    def jvp(ctx: Any, d_matrix: Any, d_one: Any, d_other: Any, *unused: None) -> Any:
+    def jvp(ctx: Any, d_matrix: Any, d_one: Any, d_other: Any, *unused: Any) -> Any:
         if d_matrix is not None:
             raise ManifoldError(_THIRD)
         matrix, one, other, values, vectors = ctx.saved_tensors
