@@ -50,10 +50,10 @@ def logarithm(
     A + N C with p×p matrices A (skew) and C, whatever the rank of N: in the basis [X N] vectors are 2p×p,
     and the rotation of `Flow` is the exponential of S = [[2(1−κ) A, −Cᵀ NᵀN], [C, 0]]. One iteration
     takes what is missing at the end of the geodesic back to x by that rotation, and inverts there the
-    derivative of the exponential, which is a power series in commutators with S. It uses neither QR nor
-    SVD, so that derivatives hold where N is rank deficient (n < 2p), and they converge along with the
-    values: the whole iteration is differentiated. Everything is formed from y − x without adding I, so
-    that tiny distances keep full relative precision.
+    derivative of the exponential, which is a power series in commutators with S, inverted with a few
+    corrections. It uses neither QR nor SVD, so that derivatives hold where N is rank deficient (n < 2p),
+    and they converge along with the values: the whole iteration is differentiated. Everything is formed
+    from y − x without adding I, so that tiny distances keep full relative precision.
 
     Args:
         x: points to start from.
@@ -112,12 +112,13 @@ def _step(
     first = torch.cat([identity, torch.zeros_like(identity)], -2)
     reached = _exponential_less_one(generator, first)
     if rest:
-        reached = reached @ exponential(-rest * turn)
+        forth, back = exponential(rest * turn), exponential(-rest * turn)
+        reached = reached @ back
         less = _exponential_less_one(-rest * turn, identity)
         reached = reached + torch.cat([less, torch.zeros_like(less)], -2)
     missing = exponential(-generator) @ (target - reached)
     if rest:
-        missing = missing @ exponential(rest * turn)
+        missing = missing @ forth
     upper, lower = skew(missing[..., :p, :]), missing[..., p:, :]
 
     step_turn, corner = upper, torch.zeros_like(upper)
@@ -125,7 +126,10 @@ def _step(
     for _ in range(INNER):
         head = upper + rest * _right_derivative(rest * turn, step_turn) if rest else upper
         whole = _inverse_derivative(generator, blocks(head, -lower.mT @ gram, lower, corner))
-        step_turn = whole[..., :p, :p] - rest * step_turn
+        change = whole[..., :p, :p] - 2 * (1 - bend) * step_turn
+        if rest:
+            change = (change + forth @ change @ back) / 2
+        step_turn = step_turn + change
         step_lift = whole[..., p:, :p]
         corner = corner - whole[..., p:, p:]
     return skew(step_turn), step_lift
