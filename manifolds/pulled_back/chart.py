@@ -11,7 +11,8 @@ from manifolds.operations import widened
 
 
 class Chart(Manifold):
-    """The set of all tensors whose last `ndim` dimensions are one point: every one is a point, and every one a tangent.
+    """The set of all tensors whose last `ndim` dimensions are one point: every one is a point, and every one
+    a tangent.
 
     What does not depend on the metric: projections, the straight retraction, dimension, random points.
     """
@@ -42,7 +43,7 @@ class Chart(Manifold):
         return u.expand(torch.broadcast_shapes(x.shape, u.shape))
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """x + u: a retraction of first order, whatever the metric."""
+        """X + u: a retraction of first order, whatever the metric."""
         return x + u
 
     def random(

@@ -1,7 +1,8 @@
-"""The geodesic equation by collocation: the exponential as an initial value problem, the logarithm as one of two ends.
+"""The geodesic equation by collocation: the exponential as an initial value problem, the logarithm as one of
+two ends.
 
-A polynomial's second derivative is asked to be the acceleration at Gauss's nodes, all of which are evaluated at once:
-a few calls of the map with many points, where a stepping method makes many calls with few.
+A polynomial's second derivative is asked to be the acceleration at Gauss's nodes, all of which are evaluated
+at once: a few calls of the map with many points, where a stepping method makes many calls with few.
 """
 
 import functools
@@ -51,7 +52,8 @@ class Logarithm:
     Attributes:
         vector: (*batch, *point).
         converged: for each pair.
-        iterations: Newton steps of the collocation; for points of more than 32 coordinates those of the finer path.
+        iterations: Newton steps of the collocation; for points of more than 32 coordinates those of the finer
+            path.
         residual: the estimated error of the vector, as a part of y − x.
     """
 
@@ -134,9 +136,10 @@ def exponential(
 ) -> Exponential:  # fmt: skip
     """Solve the geodesic equation over unit time, from x with velocity v.
 
-    Time is cut into pieces, twice as many each time until the equation is solved to the tolerance in all of them; in
-    a piece Picard's iteration is made to its end. An item keeps the first solution that is good. Where values cannot be read
-    (`adaptive` false) there are four pieces, and an item that would need more is NaN.
+    Time is cut into pieces, twice as many each time until the equation is solved to the tolerance in all of
+    them; in a piece Picard's iteration is made to its end. An item keeps the first solution that is good.
+    Where values cannot be read (`adaptive` false) there are four pieces, and an item that would need more is
+    NaN.
     """
     rank = (1,) * (x.ndim - 1)
     pieces = 1 if adaptive else 4
@@ -199,8 +202,8 @@ def logarithm(
     """The initial velocity of the geodesic from x to y.
 
     The discretised geodesic says which way; its velocity is right to second order. For points of at most 32
-    coordinates Newton's method then solves the collocated equation with both ends, with 8, 16, 32 and 64 nodes until they
-    are enough; for others the velocities of two discretisations are extrapolated.
+    coordinates Newton's method then solves the collocated equation with both ends, with 8, 16, 32 and 64
+    nodes until they are enough; for others the velocities of two discretisations are extrapolated.
     """
     with torch.no_grad():
         line = straight(x.detach(), y.detach(), steps)
@@ -212,7 +215,9 @@ def logarithm(
     vector, done = torch.zeros_like(goal), distance == 0
     residual = torch.where(done, 0.0, torch.inf).to(distance)
     iterations = torch.zeros_like(distance, dtype=torch.long)
-    for count in (8, 16, 32, 64):
+    for count in (8, 16, 32, 64, 128):
+        if count > 8 and count * x[0].numel() > 2048:
+            break
         with torch.no_grad():
             bend = _guess(found.path, rule(count, x))
             for _ in range(max_iterations):
@@ -222,7 +227,7 @@ def logarithm(
                 iterations = iterations + (~done & (error > tolerance)).long()
                 if bool(((error <= tolerance / 10) | ~error.isfinite() | done).all()):
                     break
-            tail = _share(_norms(_mix(rule(count, x).tail, bend)), distance) / count
+            tail = _share(_norms(_mix(rule(count, x).tail, bend)), distance) / (4 * count**2)  # what two integrations leave of it
             error = torch.maximum(error, tail)
             error = torch.where(error.isfinite(), error, math.inf)
         fresh = _initial(embedding, x, y, bend, slopes)
@@ -257,7 +262,9 @@ def _along(x: Tensor, goal: Tensor, bend: Tensor, gauss: Rule) -> tuple[Tensor, 
 
 
 def _newton(embedding: Embedding, x: Tensor, goal: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
-    """The step that Newton's method takes off, and the matrix (items, nodes·size, nodes·size) that it solves with."""
+    """The step that Newton's method takes off, and the matrix (items, nodes·size, nodes·size) that it solves
+    with.
+    """
     items, count, size = bend.shape[0], bend.shape[1], x[0].numel()
     gauss = rule(count, x)
     places, paces = _along(x, goal, bend, gauss)
@@ -287,7 +294,9 @@ def _newton(embedding: Embedding, x: Tensor, goal: Tensor, bend: Tensor) -> tupl
 
 
 def _initial(embedding: Embedding, x: Tensor, y: Tensor, bend: Tensor, slopes: Tensor) -> Tensor:
-    """The initial velocity, with its derivative in the ends and in the map by the implicit function theorem."""
+    """The initial velocity, with its derivative in the ends and in the map by the implicit function
+    theorem.
+    """
     gauss = rule(bend.shape[1], x)
     goal = y - x
     if torch.is_grad_enabled():
@@ -300,7 +309,8 @@ def _initial(embedding: Embedding, x: Tensor, y: Tensor, bend: Tensor, slopes: T
 def initial_velocity(
     embedding: Embedding, path: Float[Tensor, "items nodes *point"]
 ) -> Float[Tensor, "items *point"]:
-    """The velocity at the start of a discretised geodesic: the momentum of its energy, turned into a velocity.
+    """The velocity at the start of a discretised geodesic: the momentum of its energy, turned into a
+    velocity.
 
     G⁻¹ Jᵀ Δz · steps where M = I: right to second order in the step.
     """

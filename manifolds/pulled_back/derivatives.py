@@ -1,7 +1,7 @@
 """Directional derivatives of a batched map, forwards and backwards, many directions at once.
 
-A map takes (items, *point) to (items, outputs), each item by itself, so that one product with the Jacobian of the
-whole batch is a product with every item's own Jacobian.
+A map takes (items, *point) to (items, outputs), each item by itself, so that one product with the Jacobian of
+the whole batch is a product with every item's own Jacobian.
 """
 
 from collections.abc import Callable
@@ -48,6 +48,25 @@ def second_derivative(function: Map, x: Tensor, u: Tensor, v: Tensor, mode: Mode
     return derivative(lambda point: derivative(function, point, v, mode)[1], x, u, mode)[1]
 
 
+def push_all(
+    function: Map, x: Float[Tensor, "items *point"], vectors: Float[Tensor, "items k *point"], mode: Mode
+) -> Tensor:
+    """J v (items, k, …) for k vectors at each point."""
+    if mode == "reverse":
+        value, pull = torch.func.vjp(function, x)
+        _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))
+        return torch.func.vmap(lambda v: push(v)[0], 1, 1)(vectors)
+    return torch.func.vmap(lambda v: derivative(function, x, v)[1], 1, 1)(vectors)
+
+
+def push_symmetric(
+    function: Map, x: Float[Tensor, "items *point"], vectors: Float[Tensor, "items k *point"]
+) -> Tensor:
+    """J v for k vectors at each point where J is symmetric, as that of a gradient is: by reverse mode alone."""
+    _, pull = torch.func.vjp(function, x)
+    return torch.func.vmap(lambda v: pull(v)[0], 1, 1)(vectors)
+
+
 class Linearization:
     """A map at points, with products with its Jacobians J and their transposes, several vectors a point.
 
@@ -61,10 +80,7 @@ class Linearization:
 
     def push(self, vectors: Float[Tensor, "items k *point"]) -> Float[Tensor, "items k outputs"]:
         """J v for each vector."""
-        if self.mode == "reverse":
-            _, push = torch.func.vjp(lambda u: self._pull(u)[0], torch.zeros_like(self.value))
-            return torch.func.vmap(lambda v: push(v)[0], 1, 1)(vectors)
-        return torch.func.vmap(lambda v: derivative(self.function, self.x, v)[1], 1, 1)(vectors)
+        return push_all(self.function, self.x, vectors, self.mode)
 
     def pull(self, covectors: Float[Tensor, "items k outputs"]) -> Float[Tensor, "items k *point"]:
         """Jᵀ u for each covector."""

@@ -25,8 +25,9 @@ class Geodesic:
         length: (*batch), as `Pullback.length` gives it.
         converged: for each pair, whether `residual` came under the tolerance.
         iterations: steps taken for each pair.
-        residual: the last Newton decrement by the root of the energy, √(gᵀ H⁻¹ g / F): by what part of the path's
-            own length, measured in the metric, the next step would move it. It does not depend on coordinates.
+        residual: the last Newton decrement by the root of the energy, √(gᵀ H⁻¹ g / F): by what part of the
+            path's own length, measured in the metric, the next step would move it. It does not depend on
+            coordinates.
     """
 
     path: Float[Tensor, "..."]
@@ -60,14 +61,15 @@ def minimize_energy(
 ) -> Minimum:
     """Minimise the energy of paths over their inner nodes.
 
-    Each step solves (H + μ D) δ = −g with the block tridiagonal Hessian H, where that is positive definite, else
-    with its Gauss–Newton part; D is the block diagonal of the latter, so that the damping μ has no unit. A step that
-    raises the energy is not taken. Points of at most `DENSE` coordinates have their Jacobians formed and the system
-    solved directly; others are solved by conjugate gradients, preconditioned by the Laplacian of the path, and ended
-    where they meet negative curvature. Every pair has its own μ and its own end.
+    Each step solves (H + μ D) δ = −g with the block tridiagonal Hessian H, where that is positive definite,
+    else with its Gauss–Newton part; D is the block diagonal of the latter, so that the damping μ has no unit.
+    A step that raises the energy is not taken. Points of at most `DENSE` coordinates have their Jacobians
+    formed and the system solved directly; others are solved by conjugate gradients, preconditioned by the
+    Laplacian of the path, and ended where they meet negative curvature. Every pair has its own μ and its own
+    end.
 
-    Sources: Shao, Kumar and Fletcher, "The Riemannian geometry of deep generative models" (2018) for the discrete
-    energy; Nocedal and Wright, Numerical Optimization (2006), chapters 7 and 10 for the steps.
+    Sources: Shao, Kumar and Fletcher, "The Riemannian geometry of deep generative models" (2018) for the
+    discrete energy; Nocedal and Wright, Numerical Optimization (2006), chapters 7 and 10 for the steps.
     """
     items, size = path.shape[0], path[0, 0].numel()
     find_step = _dense_step if size <= DENSE else _free_step
@@ -76,7 +78,7 @@ def minimize_energy(
     done = value == 0
     residual = torch.zeros_like(value)
     iterations = torch.zeros(items, dtype=torch.long, device=path.device)
-    noise = 4 * torch.finfo(path.dtype).eps * path.shape[1] ** 0.5
+    noise = torch.finfo(path.dtype).eps ** 0.75  # of the energy, by its rounding
     if path.shape[1] == 2:
         return Minimum(path, torch.ones_like(done), iterations, residual)
     for _ in range(max_iterations):
@@ -89,7 +91,9 @@ def minimize_energy(
         moved = torch.cat([path[:, :1], path[:, 1:-1] + step, path[:, -1:]], 1)
         trial = half_energy(embedding, moved)
         ratio = (value - trial) / torch.where(decrease > 0, decrease, 1.0)
-        better = (trial.isfinite() & (ratio > 1e-4)) | ((trial - value).abs() <= noise * value)
+        level = (trial - value).abs() <= noise * value
+        ratio = torch.where(level, 1.0, ratio)
+        better = level | (trial.isfinite() & (ratio > 1e-4))
         taken = better & ~done
         path = torch.where(_like(taken, path), moved, path)
         value = torch.where(taken, trial, value)
@@ -163,7 +167,8 @@ def _free_step(
 
 
 def laplacian_inverse(path: Tensor) -> Callable[[Tensor], Tensor]:
-    """Products (items, inner·size) with the inverse of the path's second difference, (2, −1) along the inner nodes.
+    """Products (items, inner·size) with the inverse of the path's second difference, (2, −1) along the inner
+    nodes.
 
     Its entries are known: min(i, j) (n + 1 − max(i, j)) / (n + 1).
     """
@@ -181,8 +186,8 @@ def laplacian_inverse(path: Tensor) -> Callable[[Tensor], Tensor]:
 def attach(embedding: Embedding, path: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The minimising path with its derivative in the ends and in what the map holds.
 
-    By the implicit function theorem the inner nodes change by −H⁻¹ dg where g is the gradient and H the Hessian at
-    the minimum: the path less H⁻¹ g, of which g carries the graph. It is exact once, not twice.
+    By the implicit function theorem the inner nodes change by −H⁻¹ dg where g is the gradient and H the
+    Hessian at the minimum: the path less H⁻¹ g, of which g carries the graph. It is exact once, not twice.
     """
     found = path.detach()
     if found.shape[1] == 2:

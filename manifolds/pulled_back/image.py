@@ -11,8 +11,8 @@ from manifolds.pulled_back.paths import Embedding
 def second_form(embedding: Embedding, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """II(u, v) (items, outputs): the part of D²E(u, v) that is normal to the image of J.
 
-    With a metric M(z) the second derivative is the covariant one, D²E(u, v) + Γ(J u, J v) with the Christoffel symbols
-    of M, and normal means with respect to M.
+    With a metric M(z) the second derivative is the covariant one, D²E(u, v) + Γ(J u, J v) with the
+    Christoffel symbols of M, and normal means with respect to M.
     """
     at = MetricAt(embedding, x)
     bend = second_derivative(embedding.function, x, u, v, embedding.mode)

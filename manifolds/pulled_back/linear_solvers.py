@@ -1,4 +1,6 @@
-"""Batches of symmetric positive systems: block tridiagonal by odd-even reduction, and any by conjugate gradients."""
+"""Batches of symmetric positive systems: block tridiagonal by odd-even reduction, and any by conjugate
+gradients.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +20,13 @@ def solve_block_tridiagonal(
 ) -> tuple[Float[Tensor, "*batch n d k"], Bool[Tensor, "*batch"]]:
     """Solve a symmetric block tridiagonal system, and say which ones are positive definite.
 
-    Row i reads Uᵢ₋₁ᵀ xᵢ₋₁ + Dᵢ xᵢ + Uᵢ xᵢ₊₁ = bᵢ. Every second block is eliminated by its Cholesky factor, which
-    leaves a system of the same kind and half the size: about log₂ n steps, each over all blocks and items at once.
-    A system is positive definite just if all these factors exist; the solution of another means nothing.
+    Row i reads Uᵢ₋₁ᵀ xᵢ₋₁ + Dᵢ xᵢ + Uᵢ xᵢ₊₁ = bᵢ. Every second block is eliminated by its Cholesky factor,
+    which leaves a system of the same kind and half the size: about log₂ n steps, each over all blocks and
+    items at once. A system is positive definite just if all these factors exist; the solution of another
+    means nothing.
 
-    Source: Heller, "Some aspects of the cyclic reduction algorithm for block tridiagonal linear systems" (1976).
+    Source: Heller, "Some aspects of the cyclic reduction algorithm for block tridiagonal linear systems"
+        (1976).
     """
     count = diagonal.shape[-3]
     if count == 1:
@@ -125,7 +129,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def solve_constant(right: Tensor, solver: Product) -> Tensor:
-    """The solution b ↦ A⁻¹ b of a symmetric A that is held constant, with its derivative, which is A⁻¹ again."""
+    """The solution b ↦ A⁻¹ b of a symmetric A that is held constant, with its derivative, which is A⁻¹
+    again.
+    """
     return _Solve.apply(right, solver)
 
 

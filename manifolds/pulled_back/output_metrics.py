@@ -1,7 +1,9 @@
-"""Metrics on the outputs of a map: Euclidean, Fisher of a categorical or a Gaussian distribution, or a caller's own.
+"""Metrics on the outputs of a map: Euclidean, Fisher of a categorical or a Gaussian distribution, or a
+caller's own.
 
-Two things describe a metric. `embed` maps outputs isometrically into a Euclidean space, where there is such a map
-in closed form: then everything is a matter of that composed map alone. Otherwise `vector` gives products M(y) v.
+Two things describe a metric. `embed` maps outputs isometrically into a Euclidean space, where there is such a
+map in closed form: then everything is a matter of that composed map alone. Otherwise `vector` gives products
+M(y) v.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,8 @@ from torch import Tensor
 from manifolds.errors import ManifoldError
 
 MetricVector = Callable[[Tensor, Tensor], Tensor]
-"""From outputs y and vectors v, both (*batch, *out), to M(y) v of the same shape; linear, symmetric, M ≥ 0."""
+"""From outputs y and vectors v, both (*batch, *out), to M(y) v of the same shape; linear, symmetric, M ≥
+0."""
 
 OutputMetricLike = Literal["euclidean", "fisher", "categorical", "gaussian"] | MetricVector | None
 
@@ -39,7 +42,9 @@ class OutputMetric:
         raise NotImplementedError
 
     def normal(self, embedded: Tensor, a: Tensor) -> Tensor:
-        """The part of an acceleration a (*batch, *out), in the embedding, that is tangent to the embedded outputs."""
+        """The part of an acceleration a (*batch, *out), in the embedding, that is tangent to the embedded
+        outputs.
+        """
         return a
 
     def __repr__(self) -> str:
@@ -64,12 +69,12 @@ class Euclidean(OutputMetric):
 class Categorical(OutputMetric):
     """The Fisher metric of p = softmax(y) over the last dimension, for logits y: M = diag(p) − p pᵀ.
 
-    y ↦ 2 √p is isometric onto a part of the sphere of radius 2: with dz = √p (dy − pᵀdy), ‖dz‖² = dyᵀ M dy. It is
-    computed as 2 exp(log_softmax(y) / 2), which neither overflows nor loses the small probabilities. Further
-    dimensions of the output, tokens say, are independent distributions whose metrics add.
+    y ↦ 2 √p is isometric onto a part of the sphere of radius 2: with dz = √p (dy − pᵀdy), ‖dz‖² = dyᵀ M dy.
+    It is computed as 2 exp(log_softmax(y) / 2), which neither overflows nor loses the small probabilities.
+    Further dimensions of the output, tokens say, are independent distributions whose metrics add.
 
-    Source: Amari, Information Geometry (2016), section 2.5; pulled back through networks by Arvanitidis et al.,
-    "Pulling back information geometry" (2022).
+    Source: Amari, Information Geometry (2016), section 2.5; pulled back through networks by Arvanitidis et
+    al., "Pulling back information geometry" (2022).
     """
 
     name = "fisher"
@@ -80,7 +85,7 @@ class Categorical(OutputMetric):
         return 2 * torch.exp(torch.log_softmax(y, -1) / 2)
 
     def vector(self, y: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """p (v − pᵀ v)."""
+        """P (v − pᵀ v)."""
         p = torch.softmax(y, -1)
         return p * (v - (p * v).sum(-1, keepdim=True))
 
@@ -90,10 +95,11 @@ class Categorical(OutputMetric):
 
 
 class Gaussian(OutputMetric):
-    """The Fisher metric of independent normal distributions whose means and log standard deviations are the output.
+    """The Fisher metric of independent normal distributions whose means and log standard deviations are the
+    output.
 
-    The last dimension holds n means μ and then n log standard deviations s: M = diag(exp(−2s), 2), because the
-    Fisher metric is dμ² / σ² + 2 dσ² / σ² and ds = dσ / σ.
+    The last dimension holds n means μ and then n log standard deviations s: M = diag(exp(−2s), 2), because
+    the Fisher metric is dμ² / σ² + 2 dσ² / σ² and ds = dσ / σ.
     """
 
     name = "gaussian"

@@ -1,4 +1,6 @@
-"""Discretised paths: lengths of their segments without cancellation, energy, and its first and second derivatives."""
+"""Discretised paths: lengths of their segments without cancellation, energy, and its first and second
+derivatives.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manifolds.pulled_back.derivatives import Linearization, Map, Mode, basis_like, derivative
+from manifolds.pulled_back.derivatives import (
+    Linearization,
+    Map,
+    Mode,
+    basis_like,
+    derivative,
+    push_all,
+    push_symmetric,
+)
 
 Weight = Callable[[Tensor, Tensor], Tensor]
 GAUSS = ((0.5 - 3**-0.5 / 2, 0.5), (0.5 + 3**-0.5 / 2, 0.5))
@@ -50,9 +60,9 @@ def differences(
 ) -> Float[Tensor, "items segments outputs"]:
     """E(x_{i+1}) − E(x_i), to full relative precision for segments of any length.
 
-    Where an image is much larger than the difference, subtracting loses digits: a segment shorter than ε^(1/5) of
-    its images is computed as ∫ J(x_i + s Δx) Δx ds by Gauss's rule with two points instead, which errs by the fourth
-    power of the length.
+    Where an image is much larger than the difference, subtracting loses digits: a segment shorter than
+    ε^(1/5) of its images is computed as ∫ J(x_i + s Δx) Δx ds by Gauss's rule with two points instead, which
+    errs by the fourth power of the length.
     """
     plain = images[:, 1:] - images[:, :-1]
     size = images.detach().abs().amax(-1, keepdim=True)
@@ -76,7 +86,9 @@ def differences(
 def squared_segments(
     embedding: Embedding, path: Float[Tensor, "items nodes *point"]
 ) -> Float[Tensor, "items segments"]:
-    """The squared length of each segment: ⟨Δz, M(z̄) Δz⟩ with Δz the difference and z̄ the mean of its ends' images."""
+    """The squared length of each segment: ⟨Δz, M(z̄) Δz⟩ with Δz the difference and z̄ the mean of its ends'
+    images.
+    """
     images = embedding.along(path)
     steps = differences(embedding, path, images)
     return (steps * embedding.weigh((images[:, 1:] + images[:, :-1]) / 2, steps)).sum(-1)
@@ -88,7 +100,8 @@ class Model:
 
     Attributes:
         gradient: (items, inner, size).
-        hessian: blocks of the Hessian on and above the diagonal, (items, inner, size, size) and (items, inner − 1, …).
+        hessian: blocks of the Hessian on and above the diagonal, (items, inner, size, size) and (items, inner
+            − 1, …).
         approximate: the same of the Gauss–Newton matrix, which is positive semidefinite.
     """
 
@@ -125,24 +138,22 @@ def gradient(
 def dense_model(embedding: Embedding, path: Float[Tensor, "items nodes *point"]) -> Model:
     """Gradient, Hessian and Gauss–Newton matrix by Jacobians, for points of few coordinates.
 
-    The Hessian adds to the Gauss–Newton matrix the blocks Σ_k λ_k ∇²z_k with λ = Δz_{i−1} − Δz_i where M = I. For
-    another metric it is taken from products with the directions of every third node at once, of which it has one
-    block a node and none in common.
+    The Hessian adds to the Gauss–Newton matrix the blocks Σ_k λ_k ∇²z_k with λ = Δz_{i−1} − Δz_i where M = I.
+    For another metric it is taken from products with the directions of every third node at once, of which it
+    has one block a node and none in common.
     """
     items, inner = path.shape[0], path.shape[1] - 2
     size = path[0, 0].numel()
     images = embedding.along(path)
     steps = differences(embedding, path, images)
     nodes = path[:, 1:-1].flatten(0, 1)
-    at = Linearization(embedding.function, nodes, embedding.mode)
-    rows = at.jacobian().unflatten(0, (items, inner))
+    basis = basis_like(nodes)
+    rows = push_all(embedding.function, nodes, basis, embedding.mode).unflatten(0, (items, inner))
     if embedding.weight is None:
         pull = (steps[:, :-1] - steps[:, 1:]).flatten(0, 1)
         slope = (rows @ pull.reshape(items, inner, -1, 1)).squeeze(-1)
         approximate = 2 * rows @ rows.mT, -(rows[:, :-1] @ rows[:, 1:].mT)
-        turned = Linearization(
-            lambda x: _pulled(embedding.function, x, pull), nodes, embedding.mode
-        ).jacobian()
+        turned = push_symmetric(lambda x: _pulled(embedding.function, x, pull), nodes, basis)
         bend = turned.flatten(2).reshape(items, inner, size, size)
         return Model(slope, (approximate[0] + (bend + bend.mT) / 2, approximate[1]), approximate)
     middle = (images[:, 1:] + images[:, :-1]) / 2
@@ -172,7 +183,7 @@ def _coloured(embedding: Embedding, path: Tensor, size: int) -> tuple[Tensor, Te
     def slope(flat: Tensor) -> Tensor:
         return gradient(embedding, torch.cat([path[:, :1], flat, path[:, -1:]], 1))
 
-    products = Linearization(slope, path[:, 1:-1], embedding.mode).push(directions)
+    products = push_symmetric(slope, path[:, 1:-1], directions)
     products = products.reshape(items, 3, size, inner, size)
     node = torch.arange(inner, device=path.device)
     diagonal = products[:, colour, :, node].movedim(0, 1)
@@ -183,9 +194,11 @@ def _coloured(embedding: Embedding, path: Tensor, size: int) -> tuple[Tensor, Te
 def hessian_product(
     embedding: Embedding, path: Float[Tensor, "items nodes *point"]
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """The gradient of F at the inner nodes (items, inner·size), products with its Hessian, and with its scale.
+    """The gradient of F at the inner nodes (items, inner·size), products with its Hessian, and with its
+    scale.
 
-    The scale is the block diagonal of the Gauss–Newton matrix, which damping is measured in: 2 JᵀMJ at each node.
+    The scale is the block diagonal of the Gauss–Newton matrix, which damping is measured in: 2 JᵀMJ at each
+    node.
     """
     inner = path[:, 1:-1]
 
@@ -193,13 +206,14 @@ def hessian_product(
         return gradient(embedding, torch.cat([path[:, :1], nodes, path[:, -1:]], 1))
 
     at = embedding.linearize(inner)
+    level, turn = torch.func.vjp(slope, inner)  # the Hessian is symmetric: reverse mode gives its products
 
     def product(vector: Tensor) -> Tensor:
-        return derivative(slope, inner, vector.reshape(inner.shape), embedding.mode)[1].flatten(1)
+        return turn(vector.reshape(inner.shape))[0].flatten(1)
 
     def scale(vector: Tensor) -> Tensor:
         pushed = at.push(vector.reshape(inner.shape).flatten(0, 1).unsqueeze(1)).squeeze(1)
         pulled = at.pull(embedding.weigh(at.value, pushed).unsqueeze(1)).squeeze(1)
         return 2 * pulled.reshape(vector.shape)
 
-    return slope(inner).flatten(1), product, scale
+    return level.flatten(1), product, scale

@@ -1,7 +1,5 @@
 """The Riemannian metric that a map pulls back from its outputs to its inputs."""
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -12,36 +10,38 @@ from torch import Tensor
 from manifolds.base import frobenius_norm, plain, safe_sqrt
 from manifolds.errors import ManifoldError
 from manifolds.operations import operation
-from manifolds.pulled_back.chart import Chart, item_of, readable
-from manifolds.pulled_back.derivatives import Linearization, Mode
+from manifolds.pulled_back.chart import item_of, readable
+from manifolds.pulled_back.collocation import Exponential, Logarithm, exponential, logarithm
+from manifolds.pulled_back.derivatives import Linearization
 from manifolds.pulled_back.geodesic import Geodesic, Minimum, attach, minimize_energy, straight
 from manifolds.pulled_back.image import second_form, sectional_curvature
 from manifolds.pulled_back.local import MetricAt
-from manifolds.pulled_back.output_metrics import OutputMetric, OutputMetricLike, read_metric
+from manifolds.pulled_back.metric import PulledMetric, counted
 from manifolds.pulled_back.paths import Embedding, squared_segments
-from manifolds.pulled_back.collocation import Exponential, Logarithm, exponential, logarithm
 from manifolds.pulled_back.singular import SingularDirections, block_krylov
 
 
-class Pullback(Chart):
+class Pullback(PulledMetric):
     """The metric ⟨u, v⟩_x = ⟨J u, M(f(x)) J v⟩ that a map f with Jacobian J = f'(x) pulls back to its inputs.
 
-    A path between two inputs is then as long as the path of their outputs. Points are all tensors of the shape that
-    f takes; only products with J and Jᵀ are made, unless a point has at most 32 coordinates, where J is formed.
+    A path between two inputs is then as long as the path of their outputs. Points are all tensors of the
+    shape that f takes; only products with J and Jᵀ are made, unless a point has at most 32 coordinates, where
+    J is formed.
 
-    `f` takes points (items, *point) to (items, *out), each item by itself; several points may be handed over for one
-    item of a batch, one after the other. It must be differentiable twice. It is called as it is: put a network in
-    evaluation mode, and write `torch.vmap(f)` for a function of one point.
+    `f` takes points (items, *point) to (items, *out), each item by itself; several points may be handed over
+    for one item of a batch, one after the other. It must be differentiable twice. It is called as it is: put
+    a network in evaluation mode, and write `torch.vmap(f)` for a function of one point.
 
-    Where f loses rank the metric is degenerate: what needs its inverse (gradient, exponential, logarithm, transport)
-    raises, while products, lengths, geodesics and singular directions go on. `damping` ε adds ε⟨u, v⟩, which is the
-    metric that x ↦ (f(x), √ε x) pulls back, and mends it.
+    Where f loses rank the metric is degenerate: what needs its inverse (gradient, exponential, logarithm,
+    transport) raises, while products, lengths, geodesics and singular directions go on. `damping` ε adds ε⟨u,
+    v⟩, which is the metric that x ↦ (f(x), √ε x) pulls back, and mends it.
 
     Args:
         f: the map.
-        output_metric: the metric M on the outputs: None or "euclidean"; "fisher" (or "categorical") for logits along
-            the last dimension, M = diag(p) − p pᵀ; "gaussian" for n means and n log standard deviations along the
-            last dimension; or a function (y, v) ↦ M(y) v of tensors (items, *out), linear in v and symmetric.
+        output_metric: the metric M on the outputs: None or "euclidean"; "fisher" (or "categorical") for
+            logits along the last dimension, M = diag(p) − p pᵀ; "gaussian" for n means and n log standard
+            deviations along the last dimension; or a function (y, v) ↦ M(y) v of tensors (items, *out),
+            linear in v and symmetric.
         ndim: how many trailing dimensions make a point; 3 for a bottleneck (channels, height, width).
         damping: ε ≥ 0.
         derivatives: "forward" pushes vectors through f by forward mode; "reverse" differentiates reverse mode
@@ -52,8 +52,8 @@ class Pullback(Chart):
         ManifoldError: an unknown metric or mode, a negative damping, ndim < 1.
 
     Sources: Arvanitidis, Hansen and Hauberg, "Latent space oddity" (2018); Arvanitidis et al., "Pulling back
-    information geometry" (2022); Park et al., "Understanding the latent space of diffusion models through the lens of
-    Riemannian geometry" (2023).
+    information geometry" (2022); Park et al., "Understanding the latent space of diffusion models through the
+    lens of Riemannian geometry" (2023).
 
     Example:
         >>> import torch
@@ -71,89 +71,6 @@ class Pullback(Chart):
     isometric: ClassVar[frozenset[str]] = frozenset()
     metric_is_ambient: ClassVar[bool] = True
     reversible = False
-
-    def __init__(
-        self,
-        f: Callable[[Tensor], Tensor],
-        output_metric: OutputMetricLike | OutputMetric = None,
-        *,
-        ndim: int = 1,
-        damping: float = 0.0,
-        derivatives: Mode = "forward",
-        steps: int = 32,
-    ) -> None:
-        super().__init__()
-        if not callable(f):
-            raise ManifoldError(f"Pullback: f is {f!r}; it must be a function of points (items, *point)")
-        if ndim < 1:
-            raise ManifoldError(f"Pullback: ndim is {ndim}; a point has at least one dimension")
-        if not (damping >= 0 and math.isfinite(damping)):
-            raise ManifoldError(f"Pullback: damping is {damping}; it must be a finite number ≥ 0")
-        if derivatives not in ("forward", "reverse"):
-            raise ManifoldError(
-                f"Pullback: derivatives is {derivatives!r}; it must be 'forward' or 'reverse'"
-            )
-        self.f, self.output_metric = f, read_metric(output_metric)
-        self.ndim, self.damping, self.derivatives = ndim, float(damping), derivatives
-        self.steps = _counted("Pullback", "steps", steps)
-        self.name = f"Pullback({self.output_metric.name})"
-
-    # The metric
-
-    @operation
-    def metric_vector(self, x: Tensor, v: Tensor) -> Tensor:
-        """The product G v = Jᵀ M J v + ε v, of the shape of the points."""
-        (a, b), shape = self._flat("metric_vector", x, v)
-        return self._finite("metric_vector", MetricAt(self.embedding(), a).vector(b), shape).reshape(shape)
-
-    @operation
-    def metric(self, x: Tensor) -> Float[Tensor, "*batch n n"]:
-        """The matrix G over the flattened coordinates of the points; n² entries each, so for small points."""
-        (a,), shape = self._flat("metric", x)
-        found = self._finite("metric", MetricAt(self.embedding(), a).matrix(), shape)
-        return found.reshape(*self._batch(shape), *found.shape[1:])
-
-    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
-        """⟨u, v⟩ = ⟨J u, M J v⟩ + ε ⟨u, v⟩ (*batch)."""
-        (a, b, c), shape = self._flat("inner", x, u, u if v is None else v)
-        at = MetricAt(self.embedding(), a)
-        left = at.push(b)
-        right = left if v is None else at.push(c)
-        found = (left * at.embedding.weigh(at.at.value, right)).sum(-1)
-        return self._over_items(self._finite("inner", found, shape), shape, keepdim)
-
-    def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
-        """The length of J u in the output metric (*batch)."""
-        (a, b), shape = self._flat("norm", x, u)
-        at = MetricAt(self.embedding(), a)
-        pushed = at.push(b)
-        if at.embedding.weight is None:
-            found = frobenius_norm(pushed, 1)
-        else:
-            found = safe_sqrt((pushed * at.embedding.weigh(at.at.value, pushed)).sum(-1))
-        return self._over_items(self._finite("norm", found, shape), shape, keepdim)
-
-    def egrad2rgrad(self, x: Tensor, g: Tensor) -> Tensor:
-        """The Riemannian gradient G⁻¹ g."""
-        (a, b), shape = self._flat("egrad2rgrad", x, g)
-        return self._regular("egrad2rgrad", MetricAt(self.embedding(), a).solve(b), shape).reshape(shape)
-
-    def ehess2rhess(self, x: Tensor, g: Tensor, h: Tensor, u: Tensor) -> Tensor:
-        """The Riemannian Hessian applied to u: G⁻¹ (h − ⟨G⁻¹ g, Γ(u, ·)⟩)."""
-        (a, b, c, d), shape = self._flat("ehess2rhess", x, g, h, u)
-        at = MetricAt(self.embedding(), a)
-        found = at.solve(c - at.christoffel_adjoint(at.solve(b), d))
-        return self._regular("ehess2rhess", found, shape).reshape(shape)
-
-    @operation
-    def christoffel(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """The vector Γ(u, v), of components Γᵏᵢⱼ uⁱ vʲ; v = u if not given. A geodesic accelerates by −Γ(ẋ, ẋ).
-
-        Formula: Γ(u, v) = J⁺ D²f(u, v) with J⁺ = G⁻¹ Jᵀ for Euclidean outputs.
-        """
-        (a, b, c), shape = self._flat("christoffel", x, u, u if v is None else v)
-        at = MetricAt(self.embedding(), a)
-        return self._regular("christoffel", at.solve(at.christoffel(b, c)), shape).reshape(shape)
 
     # Geodesics by their equation
 
@@ -228,12 +145,12 @@ class Pullback(Chart):
             x: points (*batch, *point).
             y: points.
             steps: segments of the discretised geodesic.
-            tolerance: of the estimated error as a part of y − x; ε^(2/3) of the dtype if not given.
+            tolerance: of the estimated error as a part of y − x; ε^(3/5) of the dtype if not given.
             max_iterations: Newton steps.
         """
         (a, b), shape = self._flat("logarithm", x, y)
-        limit = torch.finfo(a.dtype).eps ** (2 / 3) if tolerance is None else tolerance
-        segments = self.steps if steps is None else _counted(self.name, "steps", steps)
+        limit = torch.finfo(a.dtype).eps ** 0.6 if tolerance is None else tolerance
+        segments = self.steps if steps is None else counted(self.name, "steps", steps)
         found = logarithm(
             self.embedding(), a, b, steps=segments, tolerance=limit, max_iterations=max_iterations
         )
@@ -256,8 +173,8 @@ class Pullback(Chart):
     def second_fundamental_form(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """II(u, v) (*batch, *out): the part of D²f(u, v) that is normal to the image of f, without damping.
 
-        For Fisher's metric on logits it is a vector at 2 √p, tangent to that sphere: the sphere's own bending is left
-        out. With another metric on the outputs the second derivative is the covariant one.
+        For Fisher's metric on logits it is a vector at 2 √p, tangent to that sphere: the sphere's own bending
+        is left out. With another metric on the outputs the second derivative is the covariant one.
         """
         (a, b, c), shape = self._flat("second_fundamental_form", x, u, v)
         found = second_form(self.embedding(damped=False), a, b, c)
@@ -271,10 +188,11 @@ class Pullback(Chart):
     def curvature(self, x: Tensor, v: Tensor) -> Tensor:
         """The curvature, in the space of outputs, of the image of the geodesic through x along v (*batch).
 
-        Formula: κ = ‖II(v, v)‖ / ‖v‖², the normal part of the second directional derivative of f by the squared
-        length of its first. It does not depend on the length of v, nor on the coordinates. A straight line of inputs
-        has outputs bent by at least as much; where κ = 0 a straight edit is straight to second order. For the sphere
-        of radius r it is 1/r in every direction. It is extrinsic: a cylinder has κ > 0, and `sectional_curvature` 0.
+        Formula: κ = ‖II(v, v)‖ / ‖v‖², the normal part of the second directional derivative of f by the
+        squared length of its first. It does not depend on the length of v, nor on the coordinates. A straight
+        line of inputs has outputs bent by at least as much; where κ = 0 a straight edit is straight to second
+        order. For the sphere of radius r it is 1/r in every direction. It is extrinsic: a cylinder has κ > 0,
+        and `sectional_curvature` 0.
         """
         (a, b), shape = self._flat("curvature", x, v)
         bend = self.second_fundamental_form(a, b, b).flatten(1)
@@ -290,7 +208,8 @@ class Pullback(Chart):
 
     @operation
     def sectional_curvature(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """The intrinsic curvature of the metric in the plane of u and v (*batch), by Gauss's equation; with damping.
+        """The intrinsic curvature of the metric in the plane of u and v (*batch), by Gauss's equation; with
+        damping.
 
         Raises:
             ManifoldError: the output metric has no Euclidean embedding.
@@ -316,16 +235,18 @@ class Pullback(Chart):
         max_iterations: int = 50,
         generator: torch.Generator | None = None,
     ) -> SingularDirections:
-        """The k directions at each point that change the output most, with their singular values: an edit basis.
+        """The k directions at each point that change the output most, with their singular values: an edit
+        basis.
 
-        They are the right singular vectors of M^½ J, without damping, by randomized block Krylov iteration; see
-        `block_krylov`. Repeated and zero singular values are fine.
+        They are the right singular vectors of M^½ J, without damping, by randomized block Krylov iteration;
+        see `block_krylov`. Repeated and zero singular values are fine.
 
         Args:
             x: points (*batch, *point).
             k: how many.
             oversampling: columns of the block beyond k.
-            tolerance: of the angle to the exact space, in radians; the root of the dtype's precision if not given.
+            tolerance: of the angle to the exact space, in radians; the root of the dtype's precision if not
+                given.
             max_iterations: blocks of products with JᵀMJ.
             generator: for the first block.
 
@@ -340,7 +261,7 @@ class Pullback(Chart):
                 f"{self.name}.singular_directions: k is {k}; a point of shape {tuple(point)} has {size} directions, "
                 f"so that k lies between 1 and {size}"
             )
-        _counted(self.name, "max_iterations", max_iterations)
+        counted(self.name, "max_iterations", max_iterations)
         self._check_items("singular_directions", flat, shape)
         limit = torch.finfo(flat.dtype).eps ** 0.5 if tolerance is None else tolerance
         embedding = self.embedding(damped=False)
@@ -369,9 +290,9 @@ class Pullback(Chart):
     def energy(self, path: Tensor) -> Float[Tensor, "*batch"]:
         """The energy of paths (*batch, nodes, *point), ∫₀¹ ‖γ'(t)‖² dt with the nodes evenly spaced in t.
 
-        Discretisation: with n segments, n Σᵢ ⟨Δᵢ, M(ȳᵢ) Δᵢ⟩ where Δᵢ = f(xᵢ₊₁) − f(xᵢ) and ȳᵢ is the mean of the two
-        outputs. Fisher's metric on logits is measured between the points 2 √p of a sphere. It is never less than
-        `length`², and equal where all segments are equally long.
+        Discretisation: with n segments, n Σᵢ ⟨Δᵢ, M(ȳᵢ) Δᵢ⟩ where Δᵢ = f(xᵢ₊₁) − f(xᵢ) and ȳᵢ is the mean of
+        the two outputs. Fisher's metric on logits is measured between the points 2 √p of a sphere. It is
+        never less than `length`², and equal where all segments are equally long.
         """
         squares, batch = self._segments("energy", path)
         return (squares.shape[-1] * squares.sum(-1)).reshape(batch)
@@ -395,25 +316,27 @@ class Pullback(Chart):
     ) -> Geodesic:
         """The path from x to y of least energy, as steps + 1 nodes; see `minimize_energy`.
 
-        It is differentiable once in both ends and in what f holds. Nothing is raised where it does not converge:
-        look at `converged`.
+        It is differentiable once in both ends and in what f holds. Nothing is raised where it does not
+        converge: look at `converged`.
 
         Args:
             x: points (*batch, *point).
             y: points, likewise.
             steps: segments; those of the constructor if not given.
-            initial: the paths (*batch, steps + 1, *point) to start at; the straight line if not given. The way that
-                they lie on, where there are several, is kept.
-            tolerance: of the Newton decrement, as a part of the path; the root of the dtype's precision if not given.
+            initial: the paths (*batch, steps + 1, *point) to start at; the straight line if not given. The
+                way that they lie on, where there are several, is kept.
+            tolerance: of the Newton decrement, as a part of the path; the root of the dtype's precision if
+                not given.
             max_iterations: steps of the minimiser.
 
         Raises:
-            ManifoldError: ends of different shapes, an initial path that does not fit, a map that is not finite.
+            ManifoldError: ends of different shapes, an initial path that does not fit, a map that is not
+                finite.
         """
         (a, b), shape = self._flat("geodesic", x, y)
         batch, point = self._batch(shape), shape[len(shape) - self.ndim :]
-        steps = self.steps if steps is None else _counted(self.name, "steps", steps)
-        _counted(self.name, "max_iterations", max_iterations)
+        steps = self.steps if steps is None else counted(self.name, "steps", steps)
+        counted(self.name, "max_iterations", max_iterations)
         limit = torch.finfo(a.dtype).eps ** 0.5 if tolerance is None else tolerance
         line = straight(a.detach(), b.detach(), steps)
         if initial is not None:
@@ -454,86 +377,6 @@ class Pullback(Chart):
         squares = squared_segments(self.embedding(), flat.unflatten(0, (-1, nodes)))
         return self._finite(operation, squares, torch.Size((*batch, *shape[len(shape) - self.ndim :]))), batch
 
-    # The map
-
-    def embedding(self, *, damped: bool = True) -> Embedding:
-        """The map into the space where the metric is measured, flattened: what all else is computed from.
-
-        It is φ∘f for an output metric with an isometric embedding φ, else f with the products M(y) v; with damping,
-        √ε x stands after it.
-        """
-        metric, root = self.output_metric, self.damping**0.5 if damped else 0.0
-        shapes: list[torch.Size] = []
-
-        def function(x: Tensor) -> Tensor:
-            y = self._outputs(x)
-            shapes[:] = [y.shape[1:]]
-            z = (metric.embed(y) if metric.embedded else y).flatten(1)
-            return torch.cat([z, root * x.flatten(1)], 1) if root else z
-
-        def weight(z: Tensor, v: Tensor) -> Tensor:
-            out = shapes[0]
-            count = out.numel()
-            found = metric.vector(z[:, :count].reshape(-1, *out), v[:, :count].reshape(-1, *out)).flatten(1)
-            return torch.cat([found, v[:, count:]], 1) if root else found
-
-        return Embedding(function, None if metric.embedded else weight, self.derivatives)
-
-    def _outputs(self, x: Float[Tensor, "items *point"]) -> Float[Tensor, "items *out"]:
-        y = self.f(x)
-        if not isinstance(y, Tensor):
-            raise ManifoldError(
-                f"{self.name}: f gave {type(y).__name__}; it must return one tensor (items, *out)"
-            )
-        if y.ndim < 2 or y.shape[0] != x.shape[0]:
-            raise ManifoldError(
-                f"{self.name}: f took points of shape {tuple(x.shape)} and gave {tuple(y.shape)}; it must give "
-                f"({x.shape[0]}, *out), one output an item: wrap a function of one point in torch.vmap"
-            )
-        if not y.is_floating_point():
-            raise ManifoldError(
-                f"{self.name}: f gave dtype {y.dtype}; outputs are real floating-point tensors"
-            )
-        return y
-
-    def _check_items(self, operation: str, x: Tensor, shape: torch.Size) -> None:
-        """Refuses a map that mixes items, or that is random: another first item must leave the others' outputs."""
-        if x.shape[0] < 2 or not readable(x):
-            return
-        with torch.no_grad():
-            point = x.detach()
-            spread = (point.amax() - point.amin()).clamp_min(1)
-            other = torch.cat([point[:1] + spread, point[1:]])
-            before, after = self._outputs(point)[1:], self._outputs(other)[1:]
-            scale = before.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
-            change = float((after - before).abs().amax() / scale)
-        if change > 1e-3:
-            raise ManifoldError(
-                f"{self.name}.{operation}: f mixes the items of a batch, or is random (another first item changes the "
-                f"others' outputs by {change:.1g}); put batch normalisation and dropout into evaluation mode"
-            )
-
-    def _finite(self, operation: str, found: Tensor, shape: torch.Size) -> Tensor:
-        if readable(found):
-            flags = ~found.detach().isfinite().reshape(found.shape[0], -1).all(-1)
-            if bool(flags.any()):
-                batch = self._batch(shape)
-                where = item_of(flags, batch) if flags.numel() == batch.numel() else ""
-                raise ManifoldError(
-                    f"{self.name}.{operation}: f, or its derivative, is NaN or infinite{where}; look at f there"
-                )
-        return found
-
-    def _regular(self, operation: str, found: Tensor, shape: torch.Size) -> Tensor:
-        if readable(found):
-            flags = ~found.detach().isfinite().reshape(found.shape[0], -1).all(-1)
-            if bool(flags.any()):
-                raise ManifoldError(
-                    f"{self.name}.{operation}: the metric is singular or f not finite{item_of(flags, self._batch(shape))}: "
-                    "f loses rank there; give the argument damping, which adds ε⟨u, v⟩"
-                )
-        return found
-
     def _ended(self, operation: str, found: Exponential) -> Exponential:
         if not readable(found.converged):
             good = found.converged.reshape(*found.converged.shape, *(1,) * self.ndim)
@@ -549,9 +392,3 @@ class Pullback(Chart):
 def _first_order(value: Tensor) -> Tensor:
     """Zero, with the derivative of the value."""
     return value - value.detach()
-
-
-def _counted(owner: str, name: str, count: int) -> int:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ManifoldError(f"{owner}: {name} is {count!r}; it must be an integer of at least 1")
-    return count

@@ -18,14 +18,14 @@ class SingularDirections:
     """The k directions at each point that the metric sees most: an edit basis.
 
     Attributes:
-        values: singular values σ of M^½ J (*batch, k), falling: the length in the output metric of each unit step.
-            They are differentiable in the point and in what the map holds, once each.
-        vectors: right singular vectors (*batch, k, *point), orthonormal in the coordinates of the point. Signs, and
-            the basis of a space of equal singular values, are as they come.
-        images: J v for each vector (*batch, k, *out): the change of the output for a unit step; its length in the
-            output metric is σ.
-        converged: for each point, whether `angle` came under the tolerance, or the residual under rounding error
-            (which is the most that can be had where the k-th and the next singular value agree).
+        values: singular values σ of M^½ J (*batch, k), falling: the length in the output metric of each unit
+            step. They are differentiable in the point and in what the map holds, once each.
+        vectors: right singular vectors (*batch, k, *point), orthonormal in the coordinates of the point.
+            Signs, and the basis of a space of equal singular values, are as they come.
+        images: J v for each vector (*batch, k, *out): the change of the output for a unit step; its length in
+            the output metric is σ.
+        converged: for each point, whether `angle` came under the tolerance, or the residual under rounding
+            error (which is the most that can be had where the k-th and the next singular value agree).
         angle: a bound in radians on the largest principal angle to the exact space of the first k directions
             (*batch): ‖R‖ / (σ_k² − σ_{k+1}²) with the residual R of the k Ritz pairs and the computed gap.
         residual: ‖R‖ / σ_1² (*batch).
@@ -43,7 +43,9 @@ class SingularDirections:
 
 @dataclass(frozen=True)
 class Ritz:
-    """The best k directions in a subspace: values (items, k), vectors (items, size, k), and how good they are."""
+    """The best k directions in a subspace: values (items, k), vectors (items, size, k), and how good they
+    are.
+    """
 
     values: Tensor
     vectors: Tensor
@@ -65,13 +67,13 @@ def block_krylov(
     """The k largest singular values of M^½ J and their right vectors.
 
     With G = JᵀMJ and a Gaussian block Π of k + oversampling columns, the best approximations in the span of
-    Π, GΠ, G²Π, … are taken. The basis is kept orthonormal; the singular values are those of M^½ J on the basis,
-    not roots of eigenvalues of G, so that small ones keep their digits. A block that adds nothing, the range of G
-    being exhausted, goes on with noise. Where the basis would fill half of the space, the whole space is taken, and
-    the answer is exact. Items that have converged keep what they have.
+    Π, GΠ, G²Π, … are taken. The basis is kept orthonormal; the singular values are those of M^½ J on the
+    basis, not roots of eigenvalues of G, so that small ones keep their digits. A block that adds nothing, the
+    range of G being exhausted, goes on with noise. Where the basis would fill half of the space, the whole
+    space is taken, and the answer is exact. Items that have converged keep what they have.
 
-    Source: Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate singular value
-    decomposition" (2015).
+    Source: Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate singular
+    value decomposition" (2015).
     """
     x = at.x
     items, size = x.shape[0], x[0].numel()
