@@ -168,14 +168,7 @@ class _First(Function):
 
 class _FirstForward(_First):
     @staticmethod
-    def jvp(
-        ctx: Any,
-        d_matrix: Tensor | None,
-        d_change: Tensor | None,
-        d_values: None,
-        d_vectors: None,
-        d_name: None,
-    ) -> Tensor:
+    def jvp(ctx: Any, d_matrix: Tensor | None, d_change: Tensor | None, *unused: Any) -> Tensor:
         matrix, change, values, vectors = ctx.saved_tensors
         found = torch.zeros_like(change)
         if d_change is not None:
