@@ -1,19 +1,19 @@
 """The matrices of one rank, with the metric of the matrices around them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from manifolds.base import Manifold, default_tolerance, frobenius_norm, safe_sqrt
+from manifolds.base import frobenius_norm
 from manifolds.errors import ManifoldError
-from manifolds.fixed_rank_geodesic import Grams, aim, inverse, known, shoot
+from manifolds.fixed_rank_factors import FactorPairs, inverse
+from manifolds.fixed_rank_geodesic import Grams, aim, known, shoot
 from manifolds.low_rank import LowRank
 from manifolds.low_rank_spectrum import nearest_of_rank
-from manifolds.matrix_functions import inverse_sqrtm_spd, polar, sqrtm_spd, sym
+from manifolds.matrix_functions import polar
 from manifolds.operations import widened
 
 
@@ -34,21 +34,21 @@ class Logarithm:
     residual: Float[Tensor, "*batch"]
 
 
-class FixedRank(Manifold):
-    """Matrices W of size m × n and rank exactly r, with the metric ⟨Ẇ₁, Ẇ₂⟩ = tr(Ẇ₁ᵀ Ẇ₂) of the matrices around them.
+class FixedRank(FactorPairs):
+    """Matrices W of size m × n and rank exactly r, with the metric ⟨Ẇ₁, Ẇ₂⟩ = tr(Ẇ₁ᵀ Ẇ₂) around them.
 
-    A point is one tensor x = [L; R] of shape (*batch, m+n, r), W = L Rᵀ, balanced: LᵀL = RᵀR. The rank is read from the
-    tensor. x and x Q are the same W for an orthogonal Q, and every length, angle and matrix here is the same for both.
-    Nothing of size m × n is ever formed: work is (m + n) r² or less.
+    A point is one tensor x = [L; R] of shape (*batch, m+n, r), W = L Rᵀ, balanced: LᵀL = RᵀR. The rank is
+    read from the tensor. x and x Q are the same W for an orthogonal Q, and every length, angle and matrix
+    here is the same for both. Nothing of size m × n is ever formed: work is (m + n) r² or less.
 
-    A tangent vector Ẇ = L̇ Rᵀ + L Ṙᵀ is stored as u = [L̇; Ṙ]. Of the many such pairs the stored one halves the part
-    within the row and column spaces: (LᵀL̇)(RᵀR) = (LᵀL)(RᵀṘ)ᵀ. It is horizontal, not tangent to the balanced pairs: the
-    velocity of a curve of points has to go through `proju` before it is compared with u. Products with vectors of the
-    surrounding space of pairs mean their Ẇ.
+    A tangent vector Ẇ = L̇ Rᵀ + L Ṙᵀ is stored as u = [L̇; Ṙ]. Of the many such pairs the stored one halves
+    the part within the row and column spaces: (LᵀL̇)(RᵀR) = (LᵀL)(RᵀṘ)ᵀ. It is horizontal, not tangent to
+    the balanced pairs: the velocity of a curve of points has to go through `proju` before it is compared
+    with u. Products with vectors of the surrounding space of pairs mean their Ẇ.
 
-    The manifold is not complete: geodesics end where the rank drops, at a distance of at least the smallest singular
-    value. There is no closed form of the exponential or the logarithm; both are computed to a tolerance and raise (under
-    `vmap` and `torch.compile`: give NaN) where they do not reach it.
+    The manifold is not complete: geodesics end where the rank drops, at a distance of at least the smallest
+    singular value. There is no closed form of the exponential or the logarithm; both are computed to a
+    tolerance and raise (under `vmap` and `torch.compile`: give NaN) where they do not reach it.
 
     Args:
         rows: m.
@@ -58,7 +58,8 @@ class FixedRank(Manifold):
     Example:
         >>> import torch
         >>> manifold = FixedRank(3, 2)
-        >>> x = manifold.from_lowrank(LowRank.from_factors(torch.tensor([[1.0], [0], [0]]), torch.tensor([[4.0, 0]])))
+        >>> W = LowRank.from_factors(torch.tensor([[1.0], [0], [0]]), torch.tensor([[4.0, 0]]))
+        >>> x = manifold.from_lowrank(W)
         >>> x.mT
         tensor([[2., 0., 0., 2., 0.]])
         >>> manifold.to_lowrank(manifold.retr(x, 0.5 * x)).dense()
@@ -66,189 +67,31 @@ class FixedRank(Manifold):
                 [0., 0.],
                 [0., 0.]])
 
-    Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013); Absil and Oseledets, "Low-rank
+    Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013); Absil and
+    Oseledets, "Low-rank
     retractions: a survey and new results" (2015).
     """
 
-    ndim = 2
     retractions: ClassVar[dict[str, int]] = {"orthographic": 2, "projection": 2}
 
     def __init__(self, rows: int, columns: int, retraction: str = "orthographic") -> None:
-        super().__init__()
-        if rows < 1 or columns < 1:
-            raise ManifoldError(f"FixedRank: {rows} rows and {columns} columns; both are at least 1")
+        super().__init__(rows, columns)
         if retraction not in self.retractions:
-            raise ManifoldError(f"FixedRank: no retraction {retraction!r}; choose from {sorted(self.retractions)}")
-        self.rows, self.columns, self.retraction = rows, columns, retraction
-        self.name = f"FixedRank({rows}, {columns})"
-
-    # Points
-
-    def dimension(self, point: Tensor | Sequence[int]) -> int:
-        """(m + n − r) r."""
-        rank = (point.shape if isinstance(point, Tensor) else point)[-1]
-        return (self.rows + self.columns - rank) * rank
-
-    def point_defects(self, x: Tensor) -> dict[str, Tensor]:
-        """How far LᵀL and RᵀR differ, relative to their size, and whether the rank is r."""
-        left, right = self._grams(x)
-        size = frobenius_norm(left + right, 2) / 2
-        balance = frobenius_norm(left - right, 2) / torch.where(size == 0, 1.0, size)
-        whole = torch.isfinite(left + right)
-        values = torch.linalg.eigvalsh(sym(torch.where(whole, left + right, 0.0)))
-        floor = x.shape[-1] * torch.finfo(x.dtype).eps
-        lost = (values[..., 0] <= floor * values[..., -1]).to(x.dtype)
-        return {
-            "LᵀL = RᵀR": balance,
-            f"smallest singular value > {floor:.1e} × largest (rank {x.shape[-1]})": torch.where(
-                whole.all(-1).all(-1), lost, torch.nan
-            ),
-        }
-
-    def tangent_defects(self, x: Tensor, u: Tensor) -> dict[str, Tensor]:
-        """How far the part within row and column space is from being halved, relative to the size of u."""
-        left, right = self._split(x)
-        of_left, of_right = self._split(u)
-        left_gram, right_gram = self._grams(x)
-        defect = (left.mT @ of_left) @ right_gram - left_gram @ (of_right.mT @ right)
-        size = frobenius_norm(u, 2) * frobenius_norm(x, 2) * frobenius_norm(left_gram + right_gram, 2) / 2
-        return {"(LᵀL̇)(RᵀR) = (LᵀL)(RᵀṘ)ᵀ": frobenius_norm(defect, 2) / torch.where(size == 0, 1.0, size)}
-
-    def random(
-        self,
-        *size: int | Sequence[int],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Points of a size (*batch, m+n, r): products of two Gaussian factors."""
-        return self._point(self.projx(self._sample(size, dtype, device, generator)))
-
-    def random_tangent(
-        self, x: Float[Tensor, "*batch p r"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch p r"]:
-        """A standard normal vector in each tangent space: Gaussian along an orthonormal basis, E‖u‖² = (m + n − r) r."""
-        wide = widened(x)
-        noise = torch.randn(wide.shape, dtype=wide.dtype, device=x.device, generator=generator)
-        shape = (*x.shape[:-2], x.shape[-1], x.shape[-1])
-        middle = torch.randn(shape, dtype=wide.dtype, device=x.device, generator=generator)
-        left, right = self._split(wide)
-        left_root, right_root = (inverse_sqrtm_spd(gram) for gram in self._grams(wide))
-        of_left, of_right = self._split(noise)
-        normal_left = of_left - left @ (left_root @ (left_root @ (left.mT @ of_left)))
-        normal_right = of_right - right @ (right_root @ (right_root @ (right.mT @ of_right)))
-        core = left_root @ middle @ right_root
-        return torch.cat(
-            [
-                normal_left @ right_root + left @ core / 2,
-                normal_right @ left_root + right @ core.mT / 2,
-            ],
-            -2,
-        ).to(x.dtype)
-
-    def from_lowrank(self, W: LowRank, rank: int | None = None) -> Tensor:
-        """The points [L; R] of matrices in factors.
-
-        Args:
-            W: of shape (*batch, m, n).
-            rank: the nearest matrix of this rank is taken; the stored rank of W if not given.
-        """
-        if tuple(W.shape[-2:]) != (self.rows, self.columns):
-            raise ManifoldError(f"{self.name}.from_lowrank: W has shape {tuple(W.shape)}")
-        rank = W.rank if rank is None else rank
-        ok, reason = self._check_shape((self.rows + self.columns, rank), "x")
-        if not ok or rank > W.rank:
             raise ManifoldError(
-                f"{self.name}.from_lowrank: {reason or f'W has rank {W.rank}, which is less than {rank}'}"
+                f"FixedRank: no retraction {retraction!r}; choose from {sorted(self.retractions)}"
             )
-        if rank == W.rank:
-            batch = W.shape[:-2]
-            left = W.left.expand(*batch, *W.left.shape[-2:])
-            right = W.right.mT.expand(*batch, *W.right.mT.shape[-2:])
-            return self.projx(torch.cat([left, right], -2))
-        kept = W.truncate(rank)
-        return torch.cat([kept.left, kept.right.mT], -2)
-
-    def to_lowrank(self, x: Float[Tensor, "*batch p r"]) -> LowRank:
-        """W = L Rᵀ, in factors."""
-        left, right = self._split(x)
-        return LowRank(left, right.mT)
-
-    def tangent_lowrank(self, x: Float[Tensor, "*#batch p r"], u: Float[Tensor, "*#batch p r"]) -> LowRank:
-        """Ẇ = L̇ Rᵀ + L Ṙᵀ, in factors of rank 2r."""
-        x, u = torch.broadcast_tensors(x, u)
-        left, right = self._split(x)
-        of_left, of_right = self._split(u)
-        return LowRank(torch.cat([of_left, left], -1), torch.cat([right, of_right], -1).mT)
-
-    def projx(self, x: Float[Tensor, "*batch p r"]) -> Float[Tensor, "*batch p r"]:
-        """The same W in balanced factors L T, R T⁻ᵀ; balanced factors stay as they are.
-
-        Formula: with A = (LᵀL)^½, B = (RᵀR)^½ and the polar decomposition A B = H Y, T = A⁻¹ H^½. Factors that have lost
-        rank give NaN.
-        """
-        left, right = self._split(x)
-        left_gram, right_gram = self._grams(x)
-        left_root, right_root = sqrtm_spd(left_gram), sqrtm_spd(right_gram)
-        product = left_root @ right_root
-        stretch = sym(product @ polar(product).mT)
-        turn = inverse(left_root) @ sqrtm_spd(stretch)
-        return torch.cat([left @ turn, right @ inverse(turn).mT], -2)
+        self.retraction = retraction
 
     # Tangent vectors
-
-    def proju(
-        self, x: Float[Tensor, "*#batch p r"], u: Float[Tensor, "*#batch p r"]
-    ) -> Float[Tensor, "*batch p r"]:
-        """The stored pair of the same Ẇ: [L̇ + L D; Ṙ − R Dᵀ] with D = ½ ((RᵀṘ)ᵀ (RᵀR)⁻¹ − (LᵀL)⁻¹ LᵀL̇)."""
-        left, right = self._split(x)
-        of_left, of_right = self._split(u)
-        left_gram, right_gram = self._grams(x)
-        shift = (
-            (of_right.mT @ right) @ inverse(right_gram) - inverse(left_gram) @ (left.mT @ of_left)
-        ) / 2
-        return torch.cat([of_left + left @ shift, of_right - right @ shift.mT], -2)
-
-    def inner(
-        self,
-        x: Float[Tensor, "*#batch p r"],
-        u: Float[Tensor, "*#batch p r"],
-        v: Float[Tensor, "*#batch p r"] | None = None,
-        *,
-        keepdim: bool = False,
-    ) -> Tensor:
-        """⟨Ẇᵤ, Ẇᵥ⟩ (*batch), from Gram matrices; u and v may be any pairs."""
-        left, right = self._split(x)
-        left_gram, right_gram = self._grams(x)
-        of_left, of_right = self._split(u)
-        other_left, other_right = (of_left, of_right) if v is None else self._split(v)
-        first = left.mT @ of_left, right.mT @ of_right
-        second = first if v is None else (left.mT @ other_left, right.mT @ other_right)
-        terms = (
-            (of_left.mT @ other_left) * right_gram
-            + (of_right.mT @ other_right) * left_gram
-            + first[0] * second[1].mT
-            + second[0] * first[1].mT
-        )
-        return terms.sum((-2, -1), keepdim=keepdim)
-
-    def norm(
-        self, x: Float[Tensor, "*#batch p r"], u: Float[Tensor, "*#batch p r"], *, keepdim: bool = False
-    ) -> Tensor:
-        """‖Ẇ‖, scaled, so that neither tiny nor huge vectors are lost; its derivative at zero is zero."""
-        scale = u.detach().abs().amax((-2, -1), keepdim=True)
-        scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-        size = safe_sqrt(self.inner(x, u / scale, keepdim=True)) * scale
-        return size if keepdim else size[..., 0, 0]
 
     def egrad2rgrad(
         self, x: Float[Tensor, "*#batch p r"], g: Float[Tensor, "*#batch p r"]
     ) -> Float[Tensor, "*batch p r"]:
         """The gradient, from the derivative g = [G_L; G_R] by the stored tensor.
 
-        For f(L Rᵀ) with the gradient G in matrices, G_L = G R and G_R = GᵀL, and the result is P_x G. For any g it is
-        the tangent vector with ⟨grad, u⟩ = Σ g u for every tangent u. No decomposition is made, so that
-        equal singular values do no harm.
+        For f(L Rᵀ) with the gradient G in matrices, G_L = G R and G_R = GᵀL, and the result is P_x G. For
+        any g it is the tangent vector with ⟨grad, u⟩ = Σ g u for every tangent u. No decomposition is made,
+        so that equal singular values do no harm.
 
         Formula: L̇ = (I − ½ P_L) G_L (RᵀR)⁻¹, Ṙ = (I − ½ P_R) G_R (LᵀL)⁻¹.
         """
@@ -266,9 +109,9 @@ class FixedRank(Manifold):
     ) -> Float[Tensor, "*batch p r"]:
         """The Riemannian Hessian applied to u, for a function of L Rᵀ.
 
-        Formula: with g = [G R; GᵀL] and h = [Ġ R + G Ṙ; ĠᵀL + GᵀL̇], the curvature term G Rₚ (RᵀR)⁻¹ cancels what h has of
-        G Ṙ outside the column space, which leaves (I − P_L)(h_L − g_L (RᵀR)⁻¹ RᵀṘ)(RᵀR)⁻¹, and the same on the right;
-        within, Lᵀ Ġ R = Lᵀ h_L − g_Rᵀ Ṙ.
+        Formula: with g = [G R; GᵀL] and h = [Ġ R + G Ṙ; ĠᵀL + GᵀL̇], the curvature term G Rₚ (RᵀR)⁻¹
+        cancels what h has of G Ṙ outside the column space, which leaves (I − P_L)(h_L − g_L (RᵀR)⁻¹
+        RᵀṘ)(RᵀR)⁻¹, and the same on the right; within, Lᵀ Ġ R = Lᵀ h_L − g_Rᵀ Ṙ.
 
         Args:
             x: points.
@@ -282,7 +125,9 @@ class FixedRank(Manifold):
         hess_left, hess_right = self._split(h)
         of_left, of_right = self._split(u)
         middle = (
-            left.mT @ hess_left - grad_right.mT @ of_right + (right.mT @ hess_right - grad_left.mT @ of_left).mT
+            left.mT @ hess_left
+            - grad_right.mT @ of_right
+            + (right.mT @ hess_right - grad_left.mT @ of_left).mT
         ) / 2
         outer_left = hess_left - grad_left @ (inverse(right_gram) @ (right.mT @ of_right))
         outer_right = hess_right - grad_right @ (inverse(left_gram) @ (left.mT @ of_left))
@@ -310,8 +155,12 @@ class FixedRank(Manifold):
         middle = left_inverse @ (left_new.mT @ right_old + left_old.mT @ right_new) @ right_inverse
         return torch.cat(
             [
-                of_left @ (right_old @ right_inverse) + left @ (right_new @ right_inverse) - at_left @ middle / 2,
-                of_right @ (left_old @ left_inverse) + right @ (left_new @ left_inverse) - at_right @ middle.mT / 2,
+                of_left @ (right_old @ right_inverse)
+                + left @ (right_new @ right_inverse)
+                - at_left @ (middle / 2),
+                of_right @ (left_old @ left_inverse)
+                + right @ (left_new @ left_inverse)
+                - at_right @ (middle.mT / 2),
             ],
             -2,
         )  # fmt: skip
@@ -324,7 +173,10 @@ class FixedRank(Manifold):
         u: Float[Tensor, "*#batch p r"],
         v: Float[Tensor, "*#batch p r"],
     ) -> LowRank:
-        """The normal matrix II(u, v) = Lₚ(u) Rₚ(v)ᵀ + Lₚ(v) Rₚ(u)ᵀ, with Lₚ = (I − P_L) L̇ and Rₚ = (I − P_R) Ṙ."""
+        """The normal matrix II(u, v) = Lₚ(u) Rₚ(v)ᵀ + Lₚ(v) Rₚ(u)ᵀ, in factors of rank 2r.
+
+        Here Lₚ = (I − P_L) L̇ and Rₚ = (I − P_R) Ṙ are the parts of a vector outside the column and row spaces.
+        """
         x, u, v = torch.broadcast_tensors(x, u, v)
         (_, left_u, right_u), (_, left_v, right_v) = self._parts(x, u), self._parts(x, v)
         return LowRank(torch.cat([left_u, left_v], -1), torch.cat([right_v, right_u], -1).mT)
@@ -357,11 +209,11 @@ class FixedRank(Manifold):
     def retr_orthographic(
         self, x: Float[Tensor, "*#batch p r"], u: Float[Tensor, "*#batch p r"]
     ) -> Float[Tensor, "*batch p r"]:
-        """The matrix of rank r that differs from W + Ẇ by a normal matrix; second order, without decompositions of size m.
+        """The matrix of rank r that differs from W + Ẇ by a matrix normal at W; second order.
 
-        Its inverse is the projection P_x(Y − W). NaN where the part of W + Ẇ within the row and column spaces of W is
-        singular to rounding: there is no such matrix. Steps that are long against the smallest singular value
-        may therefore go far; `retr_projection` does not.
+        Its inverse is the projection P_x(Y − W). NaN where the part of W + Ẇ within the row and column
+        spaces of W is singular to rounding: there is no such matrix. Steps that are long against the
+        smallest singular value may therefore go far; `retr_projection` does not.
 
         Formula: with C = I + E, L' = L C + Lₚ and R' = R + Rₚ C⁻ᵀ, balanced.
         """
@@ -370,7 +222,10 @@ class FixedRank(Manifold):
         eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
         middle = eye + core
         back = inverse(middle)
-        singular = frobenius_norm(middle, 2, True) * frobenius_norm(back, 2, True) * torch.finfo(core.dtype).eps > 0.1
+        singular = (
+            frobenius_norm(middle, 2, True) * frobenius_norm(back, 2, True) * torch.finfo(core.dtype).eps
+            > 0.1
+        )
         back = torch.where(singular, torch.nan, back)
         return self.projx(torch.cat([left @ middle + normal_left, right + normal_right @ back.mT], -2))
 
@@ -379,8 +234,9 @@ class FixedRank(Manifold):
     ) -> Float[Tensor, "*batch p r"]:
         """The matrix of rank r nearest to W + Ẇ; second order, and never further from W + Ẇ than W is.
 
-        From the singular value decomposition of a matrix of size 2r, with derivatives that hold at equal singular values. Of all
-        factors [L; R] those nearest to x are taken. NaN where W + Ẇ has rank less than r.
+        From the singular value decomposition of a matrix of size 2r, with derivatives that hold at equal
+        singular values. Of all factors [L; R] those nearest to x are taken. NaN where W + Ẇ has rank less
+        than r.
         """
         x, u = torch.broadcast_tensors(x, u)
         left, right = self._split(x)
@@ -401,9 +257,7 @@ class FixedRank(Manifold):
         """
         x, u = torch.broadcast_tensors(x, u)
         core, normal_left, normal_right = self._parts(x, u)
-        grams = Grams(
-            *self._grams(x), normal_left.mT @ normal_left, normal_right.mT @ normal_right
-        )
+        grams = Grams(*self._grams(x), normal_left.mT @ normal_left, normal_right.mT @ normal_right)
         arrival = shoot(core, grams, self._integration_tolerance(x.dtype))
         self._require(arrival.converged, "expmap", "the geodesic meets a loss of rank; take a shorter vector")
         left, right = self._split(x)
@@ -433,7 +287,7 @@ class FixedRank(Manifold):
         x: Float[Tensor, "*#batch p r"],
         y: Float[Tensor, "*#batch p r"],
         *,
-        tolerance: float | None = None,
+        tolerance: float | int | None = None,
         max_iterations: int = 100,
     ) -> Logarithm:
         """The initial velocity of the geodesic from x to y, with what the search has to say.
@@ -441,7 +295,8 @@ class FixedRank(Manifold):
         Args:
             x: points.
             y: points.
-            tolerance: how far the geodesic may end from y, relative to its length; 1e-12 in float64, 1e-5 in float32.
+            tolerance: how far the geodesic may end from y, relative to its length; 1e-12 in float64, 1e-5
+                in float32.
             max_iterations: after which an item counts as not converged.
         """
         given = x.dtype
@@ -456,9 +311,7 @@ class FixedRank(Manifold):
         core = left_inverse @ (inside_left @ forth_right + left_gram @ inside_right.mT) @ right_inverse
         normal_left = (step_left - left @ (left_inverse @ inside_left)) @ (forth_right @ right_inverse)
         normal_right = (step_right - right @ (right_inverse @ inside_right)) @ (forth_left @ left_inverse)
-        grams = Grams(
-            left_gram, right_gram, normal_left.mT @ normal_left, normal_right.mT @ normal_right
-        )
+        grams = Grams(left_gram, right_gram, normal_left.mT @ normal_left, normal_right.mT @ normal_right)
         limit = {torch.float64: 1e-12}.get(x.dtype, 1e-5) if tolerance is None else tolerance
         shot = aim(core, grams, limit, self._integration_tolerance(x.dtype), max_iterations)
         vector = torch.cat(
@@ -472,35 +325,6 @@ class FixedRank(Manifold):
         return Logarithm(vector.to(given), shot.converged, shot.iterations, shot.residual)
 
     # Help
-
-    def _check_shape(self, shape: Sequence[int], name: str) -> tuple[bool, str | None]:
-        if len(shape) < 2 or shape[-2] != self.rows + self.columns:
-            return False, (
-                f"{name} has shape {tuple(shape)}; a point is [L; R] of shape (*batch, rows + columns, rank) = "
-                f"(*batch, {self.rows + self.columns}, rank)"
-            )
-        if not 1 <= shape[-1] <= min(self.rows, self.columns):
-            return False, (
-                f"{name} has rank {shape[-1]}; a {self.rows} × {self.columns} matrix has a rank from 1 to "
-                f"min(rows, columns) = {min(self.rows, self.columns)}"
-            )
-        return True, None
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., : self.rows, :], x[..., self.rows :, :]
-
-    def _grams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = self._split(x)
-        return left.mT @ left, right.mT @ right
-
-    def _parts(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """E, Lₚ and Rₚ of Ẇ = L E Rᵀ + Lₚ Rᵀ + L Rₚᵀ."""
-        left, right = self._split(x)
-        of_left, of_right = self._split(u)
-        left_gram, right_gram = self._grams(x)
-        inside_left = inverse(left_gram) @ (left.mT @ of_left)
-        inside_right = inverse(right_gram) @ (right.mT @ of_right)
-        return inside_left + inside_right.mT, of_left - left @ inside_left, of_right - right @ inside_right
 
     def _lift(
         self, x: Tensor, of_left: Tensor, of_right: Tensor, by_left: Tensor, by_right: Tensor, middle: Tensor
@@ -520,7 +344,9 @@ class FixedRank(Manifold):
     def _require(self, converged: Tensor, operation: str, mend: str) -> None:
         if known(converged) is False:
             failed, total = int((~converged).sum()), converged.numel()
-            raise ManifoldError(f"{self.name}.{operation}: {failed} of {total} items did not converge: {mend}")
+            raise ManifoldError(
+                f"{self.name}.{operation}: {failed} of {total} items did not converge: {mend}"
+            )
 
     @staticmethod
     def _integration_tolerance(dtype: torch.dtype) -> float:

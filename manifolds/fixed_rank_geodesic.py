@@ -1,32 +1,36 @@
 """Geodesics of the matrices of fixed rank, in coefficients of size r × r.
 
-Along the geodesic from W = L Rᵀ with velocity L E Rᵀ + Lₚ Rᵀ + L Rₚᵀ (LᵀLₚ = 0, RᵀRₚ = 0) the factors stay in the spans of
-[L Lₚ] and [R Rₚ]: L(t) = [L Lₚ] a(t) and R(t) = [R Rₚ] b(t). The acceleration of the geodesic is normal, which reads
+Along the geodesic from W = L Rᵀ with velocity L E Rᵀ + Lₚ Rᵀ + L Rₚᵀ (LᵀLₚ = 0, RᵀRₚ = 0) the factors stay
+in the spans of [L Lₚ] and [R Rₚ]: L(t) = [L Lₚ] a(t) and R(t) = [R Rₚ] b(t). The acceleration of the
+geodesic is normal, which reads
 
     L̈ = −2 (I − ½ P_L) L̇ (ṘᵀR) (RᵀR)⁻¹,    R̈ = −2 (I − ½ P_R) Ṙ (L̇ᵀL) (LᵀL)⁻¹
 
-for the velocities L̇ = ½ L E + Lₚ and Ṙ = ½ R Eᵀ + Rₚ. With the Gram matrices of both spans, which are block-diagonal,
-this is an equation in a and b alone: its cost does not depend on m and n.
+for the velocities L̇ = ½ L E + Lₚ and Ṙ = ½ R Eᵀ + Rₚ. With the Gram matrices of both spans, which are
+block-diagonal, this is an equation in a and b alone: its cost does not depend on m and n.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from manifolds.fixed_rank_factors import inverse
+
 SUBSTEPS = (2, 4, 6, 8, 10, 12)
-LEVELS = (1, 2, 4, 8, 16, 32, 64)
+LEVELS = (1, 2, 4, 8, 16)
 BLIND_LEVEL, BLIND_ITERATIONS = 4, 12
-"""The steps of a geodesic and the corrections of a search where values cannot be read, under `vmap` and `torch.compile`."""
+"""The steps of a geodesic and corrections of a search under `vmap` and `torch.compile`, which read no values."""
 WINDOW = 4
 """How many earlier corrections Anderson's mixing looks back."""
 
 
 @dataclass(frozen=True)
 class Grams:
-    """What a geodesic needs to know of its point and of the normal parts of its velocity: four Gram matrices."""
+    """The four Gram matrices that a geodesic knows of its point and of the normal parts of its velocity."""
 
     left: Float[Tensor, "*batch r r"]
     right: Float[Tensor, "*batch r r"]
@@ -80,7 +84,7 @@ class Shot:
 
 
 def known(condition: Bool[Tensor, "*batch"]) -> bool | None:
-    """Whether a condition holds for all items; None where values cannot be read, under `vmap` and `torch.compile`."""
+    """Whether a condition holds for all items; None under `vmap` and `torch.compile`, where it cannot be read."""
     if torch.compiler.is_compiling():
         return None
     try:
@@ -91,18 +95,12 @@ def known(condition: Bool[Tensor, "*batch"]) -> bool | None:
         return None
 
 
-def inverse(matrix: Float[Tensor, "*batch r r"]) -> Float[Tensor, "*batch r r"]:
-    """The inverse, and NaN for a singular matrix: one such item does not stop a batch."""
-    found, failed = torch.linalg.inv_ex(matrix)
-    return torch.where((failed != 0)[..., None, None], torch.nan, found)
-
-
 def shoot(core: Float[Tensor, "*batch r r"], grams: Grams, tolerance: float) -> Arrival:
     """Follows a geodesic for time 1.
 
-    The equation is integrated by the extrapolated midpoint rule of order 12 (Gragg, Bulirsch and Stoer) in 1, 2, 4, … 64
-    steps until the error estimate is below the tolerance; each item keeps the first result that is. The unknown is the
-    displacement, so that a short geodesic has all its digits.
+    The equation is integrated by the extrapolated midpoint rule of order 12 (Gragg, Bulirsch and Stoer) in
+    1, 2, 4, 8 or 16 steps until the error estimate is below the tolerance; each item keeps the first result
+    that is. The unknown is the displacement, so that a short geodesic has all its digits.
 
     Args:
         core: E, the part of the velocity within the row and column spaces.
@@ -119,43 +117,86 @@ def shoot(core: Float[Tensor, "*batch r r"], grams: Grams, tolerance: float) -> 
         ],
         -3,
     )
-    other = torch.stack([grams.right, grams.left], -3)
     velocity = torch.stack([torch.cat([part / 2, eye], -2) for part in (core, core.mT)], -3)
     start = torch.cat([torch.cat([eye, zero], -2), torch.cat([zero, zero], -2)], -1).unsqueeze(-3)
     begin = torch.cat([torch.zeros_like(velocity), velocity], -1)
 
-    def speed(moved: Tensor) -> Tensor:
-        """The length of a change of a and b as a change of L and R, weighted as in the metric at the start."""
-        total = ((metric @ moved) * (moved @ other)).sum((-3, -2, -1))
-        return torch.where(total > 0, total, 0.0).sqrt()
-
+    paths = _Paths(begin, start, metric, torch.stack([grams.right, grams.left], -3))
     with torch.no_grad():
-        length = speed(velocity.detach())
-    result, done, errors = begin, torch.zeros_like(length, dtype=torch.bool), torch.full_like(length, torch.inf)
-    blind = known(length >= 0) is None
-    for count in (BLIND_LEVEL,) if blind else LEVELS:
-        state, error = begin, torch.zeros_like(length)
+        place, level, errors = paths.detached().follow(tolerance)
+    if _tracked(core, grams.left, grams.right, grams.left_normal, grams.right_normal):
+        place = paths.followed_again(level)
+    place = place[..., :size]
+    return Arrival(place[..., 0, :, :], place[..., 1, :, :], level > 0, errors)
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """A batch of geodesics of both sides at once: the state is [a − a(0), ȧ] of shape (*batch, 2, 2r, 2r)."""
+
+    begin: Tensor
+    start: Tensor
+    metric: Tensor
+    other: Tensor
+
+    def detached(self) -> "_Paths":
+        return _Paths(*(part.detach() for part in (self.begin, self.start, self.metric, self.other)))
+
+    def follow(self, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The end, the number of steps that sufficed (0: none did) and the error, for each item."""
+        size = self.begin.shape[-1] // 2
+        length = self._length(self.begin[..., size:])
+        length = torch.where(length > 0, length, 1.0)
+        level = torch.zeros_like(length, dtype=torch.long)
+        place, errors = self.begin, torch.full_like(length, torch.inf)
+        blind = known(level == 0) is None
+        for count in (BLIND_LEVEL,) if blind else LEVELS:
+            state, doubts = self._integrated(count)
+            error: Any = (
+                sum(self._length(d[..., :size]) + self._length(d[..., size:]) / count for d in doubts)
+                / length
+            )
+            fresh = level == 0
+            place = torch.where(fresh[..., None, None, None], state, place)
+            errors = torch.where(fresh, error, errors)
+            level = torch.where(fresh & (error <= tolerance), count, level)
+            if known((level > 0) | ~error.isfinite()):
+                break
+        return place, level, errors
+
+    def followed_again(self, level: Tensor) -> Tensor:
+        """The end with its graph, by the number of steps that sufficed; where none did, by the largest."""
+        blind = known(level == 0) is None
+        counts = (BLIND_LEVEL,) if blind else LEVELS
+        level = torch.where(level == 0, counts[-1], level)
+        place = self.begin
+        for count in counts:
+            if blind or bool((level == count).any()):
+                place = torch.where(
+                    (level == count)[..., None, None, None], self._integrated(count)[0], place
+                )
+        return place
+
+    def _integrated(self, count: int) -> tuple[Tensor, list[Tensor]]:
+        state, doubts = self.begin, []
         for _ in range(count):
-            change, doubt = _extrapolated(state, start, metric, 1 / count)
+            change, doubt = _extrapolated(state, self.start, self.metric, 1 / count)
             state = state + change
-            with torch.no_grad():
-                error = error + speed(doubt[..., :size]) + speed(doubt[..., size:]) / count
-        fresh = ~done
-        result = torch.where(fresh[..., None, None, None], state, result)
-        errors = torch.where(fresh, error / torch.where(length > 0, length, 1.0), errors)
-        done = done | (errors <= tolerance)
-        if not blind and known(done | ~error.isfinite() & (count > 8)):
-            break
-    place = result[..., :size]
-    return Arrival(place[..., 0, :, :], place[..., 1, :, :], done, errors)
+            doubts.append(doubt.detach())
+        return state, doubts
+
+    def _length(self, moved: Tensor) -> Tensor:
+        """The length of a change of a and b as a change of L and R, weighted as in the metric at the start."""
+        total = ((self.metric @ moved) * (moved @ self.other)).sum((-3, -2, -1))
+        return torch.where(total > 0, total, total * 0).sqrt()
 
 
 def _acceleration(state: Tensor, start: Tensor, metric: Tensor) -> Tensor:
-    """The derivative of [a, ȧ] for both sides at once; the sides act on each other through the flip."""
+    """The derivative of [a, ȧ] for both sides at once; they act on each other through the flip."""
     size = state.shape[-1] // 2
     whole = state + start
     products = whole[..., :size].mT @ (metric @ whole)
-    backward = inverse(products[..., :size])
+    backward = torch.linalg.inv_ex(products[..., :size])[0]
     mixed = products[..., size:]
     turn = torch.flip(mixed.mT @ backward, (-3,))
     bend = torch.cat([backward @ mixed @ turn, -2 * turn], -2)
@@ -166,7 +207,9 @@ def _extrapolated(state: Tensor, start: Tensor, metric: Tensor, time: float) -> 
     """The change of the state over a time, and the difference to the result of the next lower order."""
     first = _acceleration(state, start, metric)
     change, doubt = torch.zeros_like(state), torch.zeros_like(state)
-    for count, weight, lower in zip(SUBSTEPS, _weights(SUBSTEPS), (0.0, *_weights(SUBSTEPS[1:])), strict=True):
+    for count, weight, lower in zip(
+        SUBSTEPS, _weights(SUBSTEPS), (0.0, *_weights(SUBSTEPS[1:])), strict=True
+    ):
         step = time / count
         before, now = torch.zeros_like(state), step * first
         for _ in range(count - 1):
@@ -198,8 +241,9 @@ def aim(
 ) -> Shot:
     """The velocity whose geodesic arrives at the matrix Y with P_x(Y − W) = L target Rᵀ + Lₚ Rᵀ + L Rₚᵀ.
 
-    What P_x sees of the miss is added to the velocity until it vanishes, with Anderson's mixing. The search keeps no
-    graph; derivatives come from as many plain corrections at its end, where they contract as the search did.
+    What P_x sees of the miss is added to the velocity until it vanishes, with Anderson's mixing. The search
+    keeps no graph; derivatives come from as many plain corrections at its end, where they contract as the
+    search did.
 
     Args:
         target: the part of P_x(Y − W) within the row and column spaces.
@@ -209,7 +253,9 @@ def aim(
         max_iterations: of the search.
     """
     with torch.no_grad():
-        fixed = Grams(*(part.detach() for part in (grams.left, grams.right, grams.left_normal, grams.right_normal)))
+        fixed = Grams(
+            *(part.detach() for part in (grams.left, grams.right, grams.left_normal, grams.right_normal))
+        )
         found, converged, residual, iterations = _search(
             target.detach(), fixed, tolerance, integration_tolerance, max_iterations
         )
@@ -253,7 +299,7 @@ def _search(
 
 
 def _miss(found: Tensor, target: Tensor, grams: Grams, integration_tolerance: float) -> tuple[Tensor, Tensor]:
-    """The correction of (E, X, Y): target less what P_x sees of the arrival; and whether the geodesic was followed."""
+    """Target less what P_x sees of the arrival, for (E, X, Y); and whether the geodesic was followed."""
     core, left, right = found.unbind(-3)
     size = core.shape[-1]
     arrival = shoot(core, grams.scaled(left, right), integration_tolerance)
@@ -272,7 +318,7 @@ def _miss(found: Tensor, target: Tensor, grams: Grams, integration_tolerance: fl
 def _mixed(
     found: Tensor, miss: Tensor, history: list[tuple[Tensor, Tensor]], weights: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """The next guess of Anderson's mixing: the combination of the last guesses with the smallest miss, corrected."""
+    """The next guess of Anderson's mixing: the last guesses combined to the smallest miss, and corrected."""
     if not history:
         return found + miss
     moves = torch.stack([found - before for before, _ in history], -4)
@@ -296,7 +342,7 @@ def _pairing(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> T
 
 def _tracked(*tensors: Tensor) -> bool:
     """Whether a derivative is being taken by one of the tensors, in reverse or in forward mode."""
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
     reverse = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return reverse or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if reverse or torch.compiler.is_compiling():
+        return reverse
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

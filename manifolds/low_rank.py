@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from manifolds.errors import ManifoldError
+from manifolds.low_rank_checks import check_factors, check_finite
 from manifolds.low_rank_io import read_factors, write_factors
 from manifolds.low_rank_spectrum import core, nearest_of_rank, product_norm, thin_svd
 
@@ -20,11 +21,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    """A batch of matrices W = left right of shape (*batch, m, n), with left (*batch, m, k) and right (*batch, k, n).
+    """A batch of matrices W = left right, of shapes (*batch, m, k) and (*batch, k, n).
 
-    Work is in (m + n) k² or less, never in m n, except for `dense` and sums with a dense tensor. Products with tensors
-    and with other `LowRank`s read as for a matrix. Half precision is decomposed in float32. All is differentiable; where
-    singular values meet, everything but the singular vectors themselves (`svd`, `column_space`, `row_space`) stays so.
+    Work is in (m + n) k² or less, never in m n, except for `dense` and sums with a dense tensor. Products
+    with tensors and with other `LowRank`s read as for a matrix. Half precision is decomposed in float32.
+    All is differentiable; where singular values meet, everything but the singular vectors themselves
+    (`svd`, `column_space`, `row_space`) stays so.
 
     Attributes:
         left: the factor of the columns (*batch, m, k).
@@ -43,31 +45,7 @@ class LowRank:
     right: Tensor
 
     def __post_init__(self) -> None:
-        left, right = self.left, self.right
-        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-            raise ManifoldError(
-                f"LowRank: the factors are {type(left).__name__} and {type(right).__name__}; give two tensors"
-            )
-        if left.ndim < 2 or right.ndim < 2 or left.shape[-1] != right.shape[-2]:
-            raise ManifoldError(
-                f"LowRank: factors of shapes {tuple(left.shape)} and {tuple(right.shape)} have no product; "
-                "they are (*batch, m, k) and (*batch, k, n)"
-            )
-        if not left.is_floating_point() or left.dtype != right.dtype:
-            raise ManifoldError(
-                f"LowRank: the factors have dtypes {left.dtype} and {right.dtype}; convert them to one real "
-                "floating-point dtype"
-            )
-        if left.device != right.device:
-            raise ManifoldError(
-                f"LowRank: the factors are on {left.device} and {right.device}; move them to one device"
-            )
-        try:
-            torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        except RuntimeError:
-            raise ManifoldError(
-                f"LowRank: batches {tuple(left.shape[:-2])} and {tuple(right.shape[:-2])} do not broadcast"
-            ) from None
+        check_factors(self.left, self.right)
 
     # Factors in
 
@@ -87,13 +65,14 @@ class LowRank:
 
     @classmethod
     def from_dense(
-        cls, W: Float[Tensor, "*batch m n"], *, tolerance: float | None = None, rank: int | None = None
+        cls, W: Float[Tensor, "*batch m n"], *, tolerance: float | int | None = None, rank: int | None = None
     ) -> "LowRank":
         """The best approximation of a dense matrix, by rank, by tolerance, or by the smaller of both.
 
         Args:
             W: matrices.
-            tolerance: the least rank with ‖W − W'‖ ≤ tolerance ‖W‖ in every item; that of `recompress` if neither is given.
+            tolerance: the least rank with ‖W − W'‖ ≤ tolerance ‖W‖ in every item; that of `recompress` if
+                neither is given.
             rank: the largest rank.
         """
         if W.ndim < 2 or not W.is_floating_point():
@@ -148,7 +127,9 @@ class LowRank:
     def __repr__(self) -> str:
         if not isinstance(self.left, Tensor):
             return f"LowRank({self.left!r}, {self.right!r})"
-        return f"LowRank(shape={tuple(self.shape)}, rank={self.rank}, dtype={self.dtype}, device={self.device})"
+        return (
+            f"LowRank(shape={tuple(self.shape)}, rank={self.rank}, dtype={self.dtype}, device={self.device})"
+        )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -164,21 +145,21 @@ class LowRank:
     ) -> tuple[Float[Tensor, "*batch m p"], Float[Tensor, "*batch p"], Float[Tensor, "*batch p n"]]:
         """The exact thin singular value decomposition U, S, Vh with p = min(m, n, k), by QR of the factors.
 
-        The signs (and, at repeated values, the bases) of singular vectors are not defined, nor are their derivatives
-        at repeated values; `singular_values`, `norm` and `truncate` are differentiable there.
+        The signs (and, at repeated values, the bases) of singular vectors are not defined, nor are their
+        derivatives at repeated values; `singular_values`, `norm` and `truncate` are differentiable there.
         """
         self._finite("svd")
         u, values, v = thin_svd(self._wide(self.left), self._wide(self.right).mT)
         return u.to(self.dtype), values.to(self.dtype), v.mT.to(self.dtype)
 
     def singular_values(self) -> Float[Tensor, "*batch p"]:
-        """The min(m, n, k) singular values, largest first. Symmetric functions of equal values have derivatives."""
+        """The min(m, n, k) singular values, largest first. Their symmetric functions have derivatives."""
         self._finite("singular_values")
         return torch.linalg.svdvals(
             core(self._wide(self.left)) @ core(self._wide(self.right).mT).mT
         ).to(self.dtype)  # fmt: skip
 
-    def numerical_rank(self, tolerance: float | None = None) -> Tensor:
+    def numerical_rank(self, tolerance: float | int | None = None) -> Tensor:
         """How many singular values are above tolerance × the largest (*batch); max(m, n) ε if not given."""
         values = self.singular_values()
         if values.shape[-1] == 0:
@@ -186,7 +167,7 @@ class LowRank:
         return (values > self._tolerance(tolerance) * values[..., :1]).sum(-1)
 
     def norm(self) -> Float[Tensor, "*batch"]:
-        """The Frobenius norm, from the QR factors: as many digits as the dense matrix would give, also in a difference."""
+        """The Frobenius norm, from the QR factors: a difference keeps the digits that its entries have."""
         return product_norm(self._wide(self.left), self._wide(self.right).mT).to(self.dtype)
 
     def inner(self, other: "LowRank | Tensor") -> Float[Tensor, "*batch"]:
@@ -199,8 +180,8 @@ class LowRank:
     def truncate(self, rank: int) -> "LowRank":
         """The nearest matrix of a rank (Eckart and Young), with √σ in either factor.
 
-        A rank of k or more gives the matrix itself. Differentiable twice where the values on both sides of the cut
-        differ.
+        A rank of k or more gives the matrix itself. Differentiable twice where the values on both sides of
+        the cut differ.
         """
         if rank < 0:
             raise ManifoldError(f"LowRank.truncate: rank is {rank}; a rank is 0 or more")
@@ -211,7 +192,7 @@ class LowRank:
         left, right = nearest_of_rank(self._wide(self.left), self._wide(self.right).mT, rank)
         return LowRank(left.to(self.dtype), right.mT.to(self.dtype))
 
-    def recompress(self, tolerance: float | None = None) -> "LowRank":
+    def recompress(self, tolerance: float | int | None = None) -> "LowRank":
         """The least stored rank with ‖W − W'‖ ≤ tolerance ‖W‖ in every item of the batch.
 
         Args:
@@ -229,35 +210,38 @@ class LowRank:
             needed = int((tail > limit * tail[..., :1]).sum(-1).max()) if tail.numel() else 0
         except RuntimeError as unreadable:
             raise ManifoldError(
-                "LowRank.recompress: the rank depends on values, which vmap and compile do not read; use truncate"
+                "LowRank.recompress: the rank depends on values, which vmap does not read; use truncate"
             ) from unreadable
         left, right = nearest_of_rank(self._wide(self.left), self._wide(self.right).mT, needed)
         return LowRank(left.to(self.dtype), right.mT.to(self.dtype))
 
     def column_space(self) -> Float[Tensor, "*batch m p"]:
-        """An orthonormal basis of the left singular vectors, by falling singular value; those of value 0 are arbitrary."""
+        """The left singular vectors, by falling singular value; those of value 0 are arbitrary."""
         return self.svd()[0]
 
     def row_space(self) -> Float[Tensor, "*batch n p"]:
-        """An orthonormal basis of the right singular vectors as columns, by falling singular value."""
+        """The right singular vectors as columns, by falling singular value; those of value 0 are arbitrary."""
         return self.svd()[2].mT
 
     # Algebra
 
-    def __matmul__(self, other: "LowRank | Tensor") -> Any:
-        """W @ other: a `LowRank` of the smaller stored rank for a `LowRank`, a tensor for a tensor."""
+    def matmul(self, other: "LowRank | Tensor") -> Any:
+        """W @ other: a `LowRank` of the smaller stored rank for a `LowRank`, a tensor for a tensor.
+
+        `torch.compile` knows this name; it has no operator @ of objects that are not tensors.
+        """
         if isinstance(other, Tensor):
             return self.left @ (self.right @ other)
         if not isinstance(other, LowRank):
             return NotImplemented
         if self.shape[-1] != other.shape[-2]:
-            raise ManifoldError(
-                f"LowRank @: shapes {tuple(self.shape)} and {tuple(other.shape)} do not fit"
-            )
+            raise ManifoldError(f"LowRank @: shapes {tuple(self.shape)} and {tuple(other.shape)} do not fit")
         middle = self.right @ other.left
         if self.rank <= other.rank:
             return LowRank(self.left, middle @ other.right)
         return LowRank(self.left @ middle, other.right)
+
+    __matmul__ = matmul
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
         return (other @ self.left) @ self.right
@@ -273,7 +257,7 @@ class LowRank:
         return self.mT
 
     def __add__(self, other: "LowRank | Tensor") -> Any:
-        """W + other: a `LowRank` of the sum of both ranks for a `LowRank`, a dense tensor for a dense tensor."""
+        """W + other: a `LowRank` with the factors of both for a `LowRank`, a tensor for a tensor."""
         if isinstance(other, LowRank):
             return LowRank.concatenate([self, other])
         if isinstance(other, Tensor):
@@ -291,7 +275,7 @@ class LowRank:
     def __rsub__(self, other: Tensor) -> Tensor:
         return other - self.dense()
 
-    def __mul__(self, scale: "float | Float[Tensor, '*#batch']") -> "LowRank":
+    def __mul__(self, scale: "float | int | Float[Tensor, '*#batch']") -> "LowRank":
         """The matrix times a number, or times one number for each item of the batch."""
         if isinstance(scale, Tensor):
             return LowRank(self.left * scale.to(self.dtype)[..., None, None], self.right)
@@ -299,7 +283,7 @@ class LowRank:
 
     __rmul__ = __mul__
 
-    def __truediv__(self, scale: "float | Float[Tensor, '*#batch']") -> "LowRank":
+    def __truediv__(self, scale: "float | int | Float[Tensor, '*#batch']") -> "LowRank":
         if isinstance(scale, Tensor):
             return LowRank(self.left / scale.to(self.dtype)[..., None, None], self.right)
         return LowRank(self.left / scale, self.right)
@@ -318,8 +302,8 @@ class LowRank:
         )
 
     @staticmethod
-    def sum(parts: "Sequence[LowRank]", *, tolerance: float | None = None) -> "LowRank":
-        """The sum, recompressed to a tolerance; see `recompress`. For the exact sum of factors: `concatenate`."""
+    def sum(parts: "Sequence[LowRank]", *, tolerance: float | int | None = None) -> "LowRank":
+        """The sum, recompressed to a tolerance; see `recompress`, and `concatenate` for the exact sum."""
         return LowRank.concatenate(list(parts)).recompress(tolerance)
 
     # Batches, devices, files
@@ -369,10 +353,8 @@ class LowRank:
         write_factors(path, self.left, self.right, metadata)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None
-    ) -> "LowRank":
-        """Reads what `save` wrote, to the bit; a file that is missing, cut short or of another kind raises."""
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> "LowRank":
+        """Reads what `save` wrote, to the bit; a missing, shortened or foreign file raises."""
         return cls(*read_factors(path, device)[:2])
 
     @staticmethod
@@ -389,7 +371,7 @@ class LowRank:
         batch = self.shape[:-2]
         return (factor.float() if factor.dtype in HALF else factor).expand(*batch, *factor.shape[-2:])
 
-    def _tolerance(self, tolerance: float | None) -> float:
+    def _tolerance(self, tolerance: float | int | None) -> float:
         if tolerance is None:
             return max(*self.shape[-2:], 1) * torch.finfo(self.dtype).eps
         if not 0 <= tolerance < math.inf:
@@ -401,23 +383,15 @@ class LowRank:
             raise ManifoldError(f"LowRank {operation}: {self} and {other} differ in shape, dtype or device")
 
     def _finite(self, operation: str) -> None:
-        if torch.compiler.is_compiling():
-            return
-        try:
-            finite = bool(self.left.isfinite().all()) and bool(self.right.isfinite().all())
-        except RuntimeError as unreadable:
-            if "vmap" not in str(unreadable):
-                raise
-            return
-        if not finite:
-            raise ManifoldError(f"LowRank.{operation}: the factors hold numbers that are not finite")
+        check_finite(self.left, self.right, operation)
 
 
-def _rebuilt(factors: Sequence[Any], context: Any) -> LowRank:
-    """From leaves that may be anything: torch.func puts numbers and batched tensors where the factors were."""
+def _rebuilt(factors: Iterable[Any], context: Any) -> LowRank:
+    """From leaves that may be anything: torch.func puts numbers where the factors were."""
     whole = object.__new__(LowRank)
-    object.__setattr__(whole, "left", factors[0])
-    object.__setattr__(whole, "right", factors[1])
+    left, right = factors
+    object.__setattr__(whole, "left", left)
+    object.__setattr__(whole, "right", right)
     return whole
 
 

@@ -1,9 +1,9 @@
 """Spectra of a product of two thin factors, with derivatives that do not pass through a decomposition.
 
-The derivative of a QR factorisation fails where the factor loses rank, and that of a singular value decomposition
-where singular values meet, although the norm, the sum of the singular values or the best approximation of lower rank
-are smooth there. The functions here take values from detached decompositions and attach derivatives of first and second
-order by products of matrices.
+The derivative of a QR factorisation fails where the factor loses rank, and that of a singular value
+decomposition where singular values meet, although the norm, the sum of the singular values or the best
+approximation of lower rank are smooth there. The functions here take values from detached decompositions
+and attach derivatives of first and second order by products of matrices.
 """
 
 import torch
@@ -43,11 +43,12 @@ def product_norm(
 ) -> Float[Tensor, "*batch"]:
     """‖left rightᵀ‖, the Frobenius norm. Its derivative at zero is zero.
 
-    The value comes from the QR factors, because the trace of the product of Gram matrices loses half of the digits
-    where terms cancel; the derivative comes from that trace q = tr(leftᵀ left rightᵀ right), as ‖·‖ = √q.
+    The value comes from the QR factors, because the trace of the product of Gram matrices loses half of the
+    digits where terms cancel; the derivative comes from that trace q = tr(leftᵀ left rightᵀ right), as ‖·‖
+    = √q.
     """
-    fixed_left, fixed_right = core(left.detach()), core(right.detach())
-    product = fixed_left @ fixed_right.mT
+    cores = (torch.linalg.qr(factor.detach(), mode="r")[1] for factor in (left, right))
+    product = next(cores) @ next(cores).mT
     scale = product.abs().amax((-2, -1), keepdim=True) if product.numel() else product.sum((-2, -1), True)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
     size = (product / scale).square().sum((-2, -1)).sqrt() * scale[..., 0, 0]
@@ -63,10 +64,10 @@ def nearest_of_rank(
 ) -> tuple[Float[Tensor, "*batch m r"], Float[Tensor, "*batch n r"]]:
     """The matrix of a rank nearest to X = left rightᵀ, as factors L Rᵀ with LᵀL = RᵀR = diag(σ).
 
-    Derivatives of first and second order of L Rᵀ are exact where the singular values at the cut differ, however the
-    others coincide; those of L and R alone depend on the choice of their bases. Two steps of Newton's method for
-    X R = L RᵀR and XᵀL = R LᵀL, with the inverse Jacobian frozen at the solution, carry them:
-    along a kept pair (uᵢ, vᵢ) and a cut pair (uⱼ, vⱼ) the step is (σᵢ eₗ + σⱼ eᵣ) / (σᵢ² − σⱼ²).
+    Derivatives of first and second order of L Rᵀ are exact where the singular values at the cut differ,
+    however the others coincide; those of L and R alone depend on the choice of their bases. Two steps of
+    Newton's method for X R = L RᵀR and XᵀL = R LᵀL, with the inverse Jacobian frozen at the solution, carry
+    them: along a kept pair (uᵢ, vᵢ) and a cut pair (uⱼ, vⱼ) the step is (σᵢ eₗ + σⱼ eᵣ) / (σᵢ² − σⱼ²).
     """
     u, values, v = thin_svd(left.detach(), right.detach())
     kept, cut = values[..., None, :rank], values[..., rank:, None]
