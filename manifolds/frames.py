@@ -32,6 +32,11 @@ def identity_defect(x: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch"]:
     return frobenius_norm(x.mT @ x - _identity(x), 2) / x.shape[-1] ** 0.5
 
 
+def noise_level(u: Tensor) -> float:
+    """The size of a vector that may be mere rounding of a projection, as a gradient at a minimum is."""
+    return 1e4 * torch.finfo(u.dtype).eps
+
+
 def haar(sample: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
     """The Q of a Gaussian matrix Q R with positive diagonal of R: uniformly distributed (Mezzadri 2007)."""
     q, r = torch.linalg.qr(sample)

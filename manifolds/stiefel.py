@@ -10,7 +10,16 @@ from torch import Tensor
 from manifolds import stiefel_logarithm
 from manifolds.base import Manifold, frobenius_norm, sum_point
 from manifolds.errors import ManifoldError, MissingOperationError
-from manifolds.frames import Flow, haar, identity_defect, polar_positive, polish, qr_positive, shape_reason
+from manifolds.frames import (
+    Flow,
+    haar,
+    identity_defect,
+    noise_level,
+    polar_positive,
+    polish,
+    qr_positive,
+    shape_reason,
+)
 from manifolds.matrix_functions import polar, skew, sym
 from manifolds.operations import operation, widened
 from manifolds.stiefel_logarithm import Logarithm
@@ -109,8 +118,8 @@ class Stiefel(Manifold):
 
     def tangent_defects(self, x: Tensor, u: Tensor) -> dict[str, Tensor]:
         """How far XᵀU is from skew, ‖sym(XᵀU)‖ / ‖U‖."""
-        size = frobenius_norm(u, 2)
-        return {"XᵀU + UᵀX = 0": frobenius_norm(sym(x.mT @ u), 2) / torch.where(size > 0, size, 1.0)}
+        size = frobenius_norm(u, 2) + noise_level(u)
+        return {"XᵀU + UᵀX = 0": frobenius_norm(sym(x.mT @ u), 2) / size}
 
     def random(
         self,
