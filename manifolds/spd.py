@@ -29,9 +29,9 @@ class SPD(Manifold):
 
     Example:
         >>> import torch
-        >>> x, y = torch.eye(2), torch.diag(torch.tensor([1.0, 2.718281828]))
+        >>> x, y = torch.eye(2), torch.diag(torch.tensor([1.0, 100.0]))
         >>> SPD().dist(x, y)
-        tensor(1.)
+        tensor(4.6052)
     """
 
     name = "SPD"
