@@ -92,7 +92,9 @@ class RiemannianAdam(RiemannianOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        self._require(group, "betas", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b), "two numbers in [0, 1)")
+        self._require(
+            group, "betas", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b), "two numbers in [0, 1)"
+        )
         self._require(group, "eps", lambda value: value >= 0, "a number ≥ 0")
         self._require(group, "weight_decay", lambda value: value >= 0, "a number ≥ 0")
 

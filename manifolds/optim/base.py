@@ -52,7 +52,7 @@ class Entry:
     def gradient(self) -> Tensor:
         """The gradient of the loss to minimise; half precision in float32."""
         grad = self.parameter.grad
-        assert grad is not None  # noqa: S101 - entries are made from parameters with gradients
+        assert grad is not None
         gradient = widened(plain(grad.detach()))
         return -gradient if self.group["maximize"] else gradient
 
@@ -209,7 +209,9 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                     "nothing was changed. nonfinite='skip' leaves out such a step of the group"
                 )
             if named:
-                log.warning("%s: a step is left out: the gradient of %s is not finite", type(self).__name__, named)
+                log.warning(
+                    "%s: a step is left out: the gradient of %s is not finite", type(self).__name__, named
+                )
             elif entries:
                 kept.append(entries)
         return [(entries, self._clip(entries)) for entries in kept]
@@ -303,9 +305,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                 "parameter.proj_(), or start from manifold.projx(x)"
             )
 
-    def _require(
-        self, group: dict[str, Any], key: str, holds: Callable[[Any], bool], meant: str
-    ) -> None:
+    def _require(self, group: dict[str, Any], key: str, holds: Callable[[Any], bool], meant: str) -> None:
         if not holds(group[key]):
             raise ManifoldError(f"{type(self).__name__}: {key} is {group[key]}; it is {meant}")
 

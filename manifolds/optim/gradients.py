@@ -40,13 +40,21 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         return torch.zeros(())
     for name, parameter in with_gradient:
         if parameter.grad.layout != torch.strided:  # type: ignore[union-attr]
-            raise ManifoldError(f"clip_grad_norm_: the gradient of parameter {name} is sparse; ask for dense ones")
+            raise ManifoldError(
+                f"clip_grad_norm_: the gradient of parameter {name} is sparse; ask for dense ones"
+            )
     bad = refuse_nonfinite([(name, p.grad) for name, p in with_gradient])  # type: ignore[misc]
     if bad:
         name, count = next(iter(bad.items()))
-        raise ManifoldError(f"clip_grad_norm_: the gradient of parameter {name} has {count} entries that are not finite")
+        raise ManifoldError(
+            f"clip_grad_norm_: the gradient of parameter {name} has {count} entries that are not finite"
+        )
     points = [
-        (p.manifold if isinstance(p, ManifoldTensor) else geoopt.Euclidean(), widened(plain(p.detach())), widened(plain(p.grad)))  # type: ignore[arg-type]
+        (
+            p.manifold if isinstance(p, ManifoldTensor) else geoopt.Euclidean(),
+            widened(plain(p.detach())),
+            widened(plain(p.grad)),
+        )  # type: ignore[arg-type]
         for _, p in with_gradient
     ]
     with unchecked():

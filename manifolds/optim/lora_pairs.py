@@ -30,7 +30,7 @@ def lora_pairs(module: nn.Module, adapter: str | None = None) -> list[Pair]:
     """The trainable LoRA pairs of a module, in the order of its submodules.
 
     A submodule has pairs if it has `lora_A` and `lora_B` (or `lora_embedding_A` and `lora_embedding_B`): dictionaries by
-    adapter, single layers, or parameters; with A of shape (r, in, …) and B of shape (out, r, 1, …). `scaling` is read
+    adapter, single layers, or parameters; with A of shape (r, in, …) and B of shape (out, r, 1, …), r no larger than either side. `scaling` is read
     from the submodule where it has one. Pairs that are frozen, in part or whole, and factors that several submodules
     share are left out.
 
@@ -54,7 +54,9 @@ def as_matrix(factor: Tensor) -> Tensor:
 def _pairs_of(name: str, part: nn.Module, adapter: str | None) -> Iterator[Pair]:
     for left_slot, right_slot in SLOTS:
         lefts, rights = (_by_adapter(getattr(part, slot, None)) for slot in (left_slot, right_slot))
-        for key in lefts.keys() & rights.keys() if adapter is None else {adapter} & lefts.keys() & rights.keys():
+        for key in (
+            lefts.keys() & rights.keys() if adapter is None else {adapter} & lefts.keys() & rights.keys()
+        ):
             left, right = lefts[key], rights[key]
             if left.requires_grad and right.requires_grad and _fit(left, right):
                 scaling = getattr(part, "scaling", 1.0)
@@ -73,7 +75,7 @@ def _by_adapter(holder: object) -> dict[str, nn.Parameter]:
 
 
 def _fit(left: Tensor, right: Tensor) -> bool:
-    """Whether B A is a product of matrices; the kernel of B, if it has one, must have size one."""
+    """Whether B A is a product of matrices of rank at most r; the kernel of B, if it has one, must have size one."""
     return (
         left.ndim >= 2
         and right.ndim >= 2
@@ -81,6 +83,7 @@ def _fit(left: Tensor, right: Tensor) -> bool:
         and left.is_floating_point()
         and left.shape[1] == right.shape[0]
         and left.shape[2:].numel() == 1
+        and left.shape[1] <= min(left.shape[0], right.shape[1:].numel())
         and left.device == right.device
         and left.device.type != torch.device("meta").type
     )

@@ -19,27 +19,27 @@ from manifolds.optim.lora_pairs import as_matrix, lora_pairs
 class LowRankAdam(RiemannianAdam):
     """Adam on the products W = s·B A of LoRA adapters, as points of the matrices of rank at most r.
 
-    Plain Adam moves B and A by themselves: its steps change when the same W is split otherwise, and are unbalanced as
-    long as B is small. Here the step depends on W alone. With orthonormal bases U of the columns and V of the rows of W,
-    and G the gradient by W (never formed: G V and Uᵀ G follow from the factors' gradients), per step
+    Plain Adam moves B and A by themselves: its steps change when the same W is split otherwise, and are
+    unbalanced as long as B is small. Here the step depends on W alone. With orthonormal bases U of the
+    columns and V of the rows of W, and G the gradient by W (never formed: G V and Uᵀ G follow from the
+    factors' gradients), per step
 
-        M ← β₁ P(M) + (1 − β₁) P(G)             the first moment, a tangent matrix U·Y + X·Vᵀ − U·Uᵀ X·Vᵀ, carried by
-                                                orthogonal projection P onto the present tangent space;
-        S ← β₂ S + (1 − β₂) (G V)ᵀ(G V) / m      the second moment of X = G V in the row space, r×r, and the same for
-        Z ← β₂ Z + (1 − β₂) (Uᵀ G)(Uᵀ G)ᵀ / n    Y = Uᵀ G in the column space; both carried by the rotation of the
-                                                bases that is nearest to V_oldᵀ V_new (an isometric transport);
-        D = (I − ½ U Uᵀ) X S^(−½) Vᵀ + U Z^(−½) Y (I − ½ V Vᵀ)     (moments with Adam's corrections for their start);
-        W ← the nearest matrix of rank r to (1 − ηλ) W − ηD.
+        M ← β₁ P(M) + (1 − β₁) P(G),        P(Z) = Z V Vᵀ + U Uᵀ Z − U Uᵀ Z V Vᵀ
+        v ← β₂ v + (1 − β₂) ‖P(G)‖² / d,    d = (m + n − r) r
+        W ← the nearest matrix of rank r to (1 − ηλ) W − η M̂ / (v̂^½ + ε)
 
-    S plays the part of Adam's mean squares, without coordinates: an entry per direction would depend on the basis,
-    an r×r matrix turns with it. The entries of D are of size one, as Adam's are, so that η is comparable with AdamW's.
-    The nearest matrix is the projection retraction of fixed rank, from QR decompositions of (m + n) × 2r entries.
+    with M̂ and v̂ as corrected by Adam for their start. P projects onto the tangent space and carries the
+    first moment from the old one; v is a number and needs no transport (`RiemannianAdam` says why it is
+    one). Divided by the dimension d it makes the coordinates of a step of size η in the mean square, as
+    Adam's are, so that η is of the size of AdamW's. The nearest matrix is the projection retraction, from
+    QR decompositions of (m + n) × 2r entries; nothing of size m × n is formed.
 
-    At the start of LoRA B = 0: W has rank zero and is no point of the manifold of rank r. Nothing above needs it to be
-    one: where W has lost directions, U has them not, Y has no component there (the gradient by A is zero there, too), and
-    X Vᵀ alone acts. The first step therefore moves B and leaves the rows of A, and as S whitens it, W has well-conditioned
-    rank r from then on, as far as the gradient has. The nearest matrix of rank r is defined there, as ordinary
-    retractions are not.
+    At the start of LoRA B = 0: W has rank zero and is no point of the manifold of rank r. Nothing above
+    needs it to be one. Where W has lost directions, U has them not, and Uᵀ G has no component there (the
+    gradient by A is zero there, too); G V Vᵀ alone acts, with V from the rows of A. The first step therefore
+    moves B and keeps the span of A's rows, and W has rank r from then on, as far as the gradient has. The
+    nearest matrix of rank r is defined there, as the usual retractions are not. Directions that W loses
+    later come back in the same way.
 
     In the model the factors are overwritten: A keeps orthogonal rows of equal length (its mean length before) that are
     turned as little as they can be, and B holds the rest. Half-precision factors have float32 copies in the state, from
@@ -53,9 +53,8 @@ class LowRankAdam(RiemannianAdam):
         module: a PEFT model, or any module with LoRA pairs; see `lora_pairs` for how they are found.
         lr: η, for the pairs; about the size of the entries of a step of W.
         betas: β₁ and β₂.
-        eps: of the plain parameters, as in AdamW.
+        eps: ε.
         weight_decay: λ, decoupled; shrinks W, and the plain parameters.
-        damping: the share of its largest eigenvalue that is added to S and Z before their inverse roots.
         plain_lr: learning rate of the other parameters.
         adapter: only the pairs of this adapter; other trainable parameters are plain.
 
@@ -64,9 +63,8 @@ class LowRankAdam(RiemannianAdam):
     Raises:
         ManifoldError: no pair is found; an option out of range; a sparse or non-finite gradient.
 
-    Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013), for the geometry; Yen et al.,
-    "LoRA Done RITE" (2025), for second moments that turn with the basis; Zhang and Pilanci, "Riemannian Preconditioned
-    LoRA" (2024).
+    Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013), for the geometry; Zhang
+    and Pilanci, "Riemannian Preconditioned LoRA" (2024).
     """
 
     tangents: ClassVar[tuple[str, ...]] = ()
@@ -75,11 +73,10 @@ class LowRankAdam(RiemannianAdam):
         self,
         module: nn.Module,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        damping: float = 1e-6,
         plain_lr: float = 1e-3,
         adapter: str | None = None,
         **shared: Any,
@@ -92,17 +89,13 @@ class LowRankAdam(RiemannianAdam):
                 "lora_B (or lora_embedding_A and lora_embedding_B) whose weights of shapes (r, in) and (out, r) both "
                 "require gradients"
             )
-        if not 0 < damping < 1:
-            raise ManifoldError(f"LowRankAdam: damping is {damping}; it is a number between 0 and 1")
         factors = [(f"{p.name}.{side}", f) for p in pairs for side, f in (("B", p.left), ("A", p.right))]
         taken = {id(factor) for _, factor in factors}
         others = [(n, p) for n, p in module.named_parameters() if p.requires_grad and id(p) not in taken]
-        groups = [{"params": factors, "scalings": tuple(p.scaling for p in pairs), "damping": damping}]
+        groups = [{"params": factors, "scalings": tuple(p.scaling for p in pairs)}]
         if others:
-            groups.append({"params": others, "scalings": None, "damping": None, "lr": plain_lr})
-        super().__init__(
-            groups, lr, betas, eps, weight_decay, decoupled_weight_decay=True, **shared
-        )
+            groups.append({"params": others, "scalings": None, "lr": plain_lr})
+        super().__init__(groups, lr, betas, eps, weight_decay, decoupled_weight_decay=True, **shared)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
@@ -110,9 +103,13 @@ class LowRankAdam(RiemannianAdam):
         if group["scalings"] is None:
             return
         if group["amsgrad"]:
-            raise ManifoldError("LowRankAdam: amsgrad is not possible for pairs: their second moments are not ordered")
+            raise ManifoldError(
+                "LowRankAdam: amsgrad is not possible for pairs: use it on plain parameters only"
+            )
         if group["stabilize"] is not None:
-            raise ManifoldError("LowRankAdam: stabilize is not needed for pairs: every step ends at a product of rank r")
+            raise ManifoldError(
+                "LowRankAdam: stabilize is not needed for pairs: every step ends at a product of rank r"
+            )
 
     # The step, for a group of pairs
 
@@ -140,8 +137,8 @@ class LowRankAdam(RiemannianAdam):
         squares = []
         for batch in self._batches(entries):
             left, right, of_left, of_right, scaling = self._read(batch)
-            u, v, x, y = frames(left, right, of_left, of_right, scaling)[:4]
-            squares.append((x.square().sum() + y.square().sum() - (u.mT @ x).square().sum()).double())
+            u, _, x, y = frames(left, right, of_left, of_right, scaling)
+            squares.append(tangent_square(u, x, y).double().sum())
         norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().clamp_min(0).sqrt()
         return (group["max_norm"] / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
 
@@ -176,7 +173,9 @@ class LowRankAdam(RiemannianAdam):
             if not state:
                 state.update(self._start_factor(entry))
         step = states[0]["step"] + 1
-        kept = [{k: torch.stack([s[k] for s in side]) for k in MOMENTS} for side in (states[::2], states[1::2])]
+        kept = [
+            {k: torch.stack([s[k] for s in side]) for k in MOMENTS} for side in (states[::2], states[1::2])
+        ]
         left, right, *new = pair_step(
             (left, right), (of_left, of_right), (kept[0], kept[1]), scaling, step, group
         )
@@ -196,9 +195,8 @@ class LowRankAdam(RiemannianAdam):
         parameters = entry.group["params"]
         on_left = any(p is entry.parameter for p in parameters[::2])
         tall = matrix if on_left else matrix.mT
-        rank = tall.shape[-1]
-        zeros = {"exp_avg": torch.zeros_like(tall), "frame": torch.zeros_like(tall)}
-        state = {"step": 0, **zeros, "exp_avg_sq": x.new_zeros(rank, rank)}
+        state = {"step": 0, "exp_avg": torch.zeros_like(tall), "frame": torch.zeros_like(tall)}
+        state["exp_avg_sq"] = x.new_zeros(1, 1)
         return {**state, "copy": x.clone()} if entry.parameter.dtype in HALF else state
 
 
@@ -213,86 +211,77 @@ def pair_step(
     step: int,
     group: dict[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The next factors B and A, and the states of both sides, for a batch of pairs. See `LowRankAdam`."""
-    (beta1, beta2), lr, damping = group["betas"], float(group["lr"]), group["damping"]
+    """The next factors B and A, and the states of both sides, for a batch of pairs. See `LowRankAdam`.
+
+    A tangent matrix is kept as X = M V and Y = Mᵀ U, with M = X Vᵀ + U Yᵀ − U (UᵀX) Vᵀ, beside its frames
+    U and V.
+    """
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
     left, right = factors
-    u, v, x, y, root = frames(left, right, *gradients, scaling)
-    old_u, old_v = states[0]["frame"], states[1]["frame"]
-    moment_x, moment_y = states[0]["exp_avg"], states[1]["exp_avg"]
-    turn_u, turn_v = old_u.mT @ u, old_v.mT @ v
-    inside = old_u.mT @ moment_x
-    core = moment_y.mT @ v - inside @ turn_v
-    carried_x = moment_x @ turn_v + old_u @ core
-    carried_y = moment_y @ turn_u + old_v @ ((u.mT @ moment_x).mT - inside.mT @ turn_u)
-    moment_x = torch.lerp(carried_x, x, 1 - beta1)
-    moment_y = torch.lerp(carried_y, y, 1 - beta1)
-    squares = []
-    for state, turn, now in ((states[1], turn_v, x), (states[0], turn_u, y)):
-        rotation = nearest_rotation(turn)
-        carried = rotation.mT @ state["exp_avg_sq"] @ rotation
-        squares.append(torch.lerp(carried, now.mT @ now / now.shape[-2], 1 - beta2))
-    first, second = 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
-    d_x, d_y = (
-        (moment @ inverse_root(square, damping)) * (first / second)
-        for moment, square in ((moment_x, squares[0]), (moment_y, squares[1]))
-    )
-    d_x = d_x - u @ (u.mT @ d_x) / 2
-    d_y = d_y - v @ (v.mT @ d_y) / 2
+    u, v, x, y = frames(left, right, *gradients, scaling)
+    old_x, old_y = carry(states, u, v)
+    moment_x, moment_y = torch.lerp(old_x, x, 1 - beta1), torch.lerp(old_y, y, 1 - beta1)
+    rank = left.shape[-1]
+    dimension = (left.shape[-2] + right.shape[-1] - rank) * rank
+    square = torch.lerp(states[0]["exp_avg_sq"], tangent_square(u, x, y) / dimension, 1 - beta2)
+    root = square.sqrt() / math.sqrt(1 - beta2**step) + group["eps"]
+    rate = lr / (1 - beta1**step) / root
+    within = u.mT @ moment_x / 2
+    d_x = rate * (moment_x - u @ within)
+    d_y = rate * (moment_y - v @ within.mT)
     shrink = 1 - lr * group["weight_decay"]
-    tall = torch.cat([left @ (right @ v) * (scaling * shrink) - lr * d_x, u], -1)
-    wide = torch.cat([v, -lr * d_y], -1)
-    new_u, values, new_v = top_svd(tall, wide, left.shape[-1])
-    rotation = nearest_rotation(new_v.mT @ v)
-    length = torch.linalg.matrix_norm(right, keepdim=True) / math.sqrt(right.shape[-2])
+    tall = torch.cat([left @ (right @ v) * (scaling * shrink) - d_x, u], -1)
+    new_u, values, new_v = top_svd(tall, torch.cat([v, -d_y], -1), rank)
+    turn = polar(new_v.mT @ v)
+    length = torch.linalg.matrix_norm(right, keepdim=True) / math.sqrt(rank)
     length = torch.where(length > 0, length, 1.0)
-    new_left = (new_u * values.unsqueeze(-2)) @ rotation / (length * scaling)
-    new_right = (new_v @ rotation).mT * length
+    new_left = (new_u * values.unsqueeze(-2)) @ turn / (length * scaling)
+    new_right = (new_v @ turn).mT * length
     sides = (
-        {"exp_avg": moment_x, "exp_avg_sq": squares[1], "frame": u},
-        {"exp_avg": moment_y, "exp_avg_sq": squares[0], "frame": v},
+        {"exp_avg": moment_x, "exp_avg_sq": square, "frame": u},
+        {"exp_avg": moment_y, "exp_avg_sq": square, "frame": v},
     )
     return new_left, new_right, *sides
+
+
+def carry(
+    states: tuple[dict[str, Tensor], dict[str, Tensor]], u: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """M V and MᵀU of the tangent matrix M in the states, by frames U and V that may be new."""
+    (old_x, old_u), (old_y, old_v) = ((side["exp_avg"], side["frame"]) for side in states)
+    turn_u, turn_v, within = old_u.mT @ u, old_v.mT @ v, old_u.mT @ old_x
+    carried_x = old_x @ turn_v + old_u @ (old_y.mT @ v - within @ turn_v)
+    carried_y = old_y @ turn_u + old_v @ (old_x.mT @ u - within.mT @ turn_u)
+    return carried_x, carried_y
+
+
+def tangent_square(u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """‖M‖² of a tangent matrix with M V = X and MᵀU = Y (*batch, 1, 1)."""
+    sizes = [part.square().sum((-2, -1), keepdim=True) for part in (x, y, u.mT @ x)]
+    return (sizes[0] + sizes[1] - sizes[2]).clamp_min(0)
 
 
 def frames(
     left: Float[Tensor, "*batch m r"], right: Float[Tensor, "*batch r n"],
     of_left: Float[Tensor, "*batch m r"], of_right: Float[Tensor, "*batch r n"],
     scaling: Float[Tensor, "*batch 1 1"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """U, V, X = G V, Yᵀ = Gᵀ U and (A Aᵀ)^½, from the factors of s·B A and their gradients s·G Aᵀ and s·Bᵀ G.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """U, V, X = G V, and Gᵀ U, from the factors of s·B A and their gradients s·G Aᵀ and s·Bᵀ G.
 
     U = B (BᵀB)^(−½) and V = Aᵀ (A Aᵀ)^(−½), with zero columns where a factor has lost rank.
     """
-    inverse_left, _ = roots(left.mT @ left)
-    inverse_right, root = roots(right @ right.mT)
+    inverse_left, inverse_right = range_root(left.mT @ left), range_root(right @ right.mT)
     u, v = left @ inverse_left, right.mT @ inverse_right
-    return u, v, of_left @ inverse_right / scaling, of_right.mT @ inverse_left / scaling, root
+    return u, v, of_left @ inverse_right / scaling, of_right.mT @ inverse_left / scaling
 
 
-def roots(gram: Float[Tensor, "*batch r r"]) -> tuple[Tensor, Tensor]:
-    """The inverse square root on the range of a positive semidefinite matrix, and its square root."""
+def range_root(gram: Float[Tensor, "*batch r r"]) -> Float[Tensor, "*batch r r"]:
+    """The inverse square root of a positive semidefinite matrix on its range, zero beside it."""
     values, basis = torch.linalg.eigh(sym(gram))
     cut = values[..., -1:] * (values.shape[-1] * torch.finfo(values.dtype).eps)
     kept = values > cut.clamp_min(torch.finfo(values.dtype).tiny)
-    safe = torch.where(kept, values, 1.0)
-    weights = torch.where(kept, safe.rsqrt(), 0.0), torch.where(kept, safe.sqrt(), 0.0)
-    inverse, root = ((basis * w.unsqueeze(-2)) @ basis.mT for w in weights)
-    return inverse, root
-
-
-def inverse_root(gram: Float[Tensor, "*batch r r"], damping: float) -> Float[Tensor, "*batch r r"]:
-    """(S + δ λ_max I)^(−½); zero where S is."""
-    values, basis = torch.linalg.eigh(sym(gram))
-    largest = values[..., -1:]
-    raised = values.clamp_min(0) + damping * largest
-    usable = raised > torch.finfo(values.dtype).tiny
-    weights = torch.where(usable, torch.where(usable, raised, 1.0).rsqrt(), 0.0)
+    weights = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
     return (basis * weights.unsqueeze(-2)) @ basis.mT
-
-
-def nearest_rotation(turn: Float[Tensor, "*batch r r"]) -> Float[Tensor, "*batch r r"]:
-    """The orthogonal matrix nearest to the product of two bases."""
-    return polar(turn)
 
 
 def top_svd(

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from manifolds.errors import ManifoldError
+from manifolds.euclidean import Euclidean
 from manifolds.fixed_rank import FixedRank
 from manifolds.grassmann import Grassmann
-from manifolds.low_rank import LowRank
 from manifolds.matrix_functions import sym
 from manifolds.optim.base import LINE, Entry, RiemannianOptimizer
 from manifolds.optim.orthogonal import JORDAN, newton_schulz, orthogonal_factor, stiefel_direction
+from manifolds.orthogonal import SpecialOrthogonal
 from manifolds.stiefel import Stiefel
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
@@ -141,13 +142,13 @@ def kind_of(manifold: Any) -> str:
     Raises:
         ManifoldError: it gets none.
     """
-    if manifold is LINE or type(manifold) is geoopt.Euclidean:
+    if manifold is LINE or isinstance(manifold, (Euclidean, geoopt.Euclidean)):
         return "flat"
     if isinstance(manifold, FixedRank):
         return "fixed rank"
     if isinstance(manifold, Grassmann):
         return "horizontal"
-    if isinstance(manifold, (Stiefel, geoopt.EuclideanStiefel)):
+    if isinstance(manifold, (Stiefel, SpecialOrthogonal, geoopt.EuclideanStiefel)):
         return "orthonormal"
     raise ManifoldError(
         f"RiemannianMuon has no step on {manifold}; it has steps for plain matrices, Stiefel, SpecialOrthogonal, Grassmann "

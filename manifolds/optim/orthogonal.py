@@ -94,7 +94,7 @@ def stiefel_direction(
         w: points.
         g: Euclidean gradients, or tangent vectors of the Euclidean metric that stand for them.
         tolerance: largest residual; ε^½ of the dtype if not given.
-        max_iterations: rounds at most. What has not converged by then is still tangent and a direction of ascent.
+        max_iterations: rounds at most. What has not converged by then is still tangent, of norm at most one.
 
     Source: Bernstein, "Modular Manifolds" (Thinking Machines, 2025), for the problem and its dual; the rounds are
     iteratively reweighted least squares on that dual (Su, "Muon on the Stiefel manifold", 2025, has the fixed point).
@@ -122,11 +122,18 @@ def stiefel_direction(
             break
         iterations += 1
         turned = basis.mT @ k @ basis
-        turned = turned * (values.unsqueeze(-2) - values.unsqueeze(-1)) / (values.unsqueeze(-2) + values.unsqueeze(-1))
+        turned = (
+            turned
+            * (values.unsqueeze(-2) - values.unsqueeze(-1))
+            / (values.unsqueeze(-2) + values.unsqueeze(-1))
+        )
         found = basis @ turned @ basis.mT
         multiplier = torch.where(converged[..., None, None], multiplier, found)
-    outside = normal @ ((basis / values.unsqueeze(-2)) @ basis.mT)
-    return StiefelDirection(w @ skew(top) + outside, converged, iterations, residual)
+    inverse = (basis / values.unsqueeze(-2)) @ basis.mT
+    top = skew(top)
+    length = torch.linalg.eigvalsh(top.mT @ top + inverse @ gram @ inverse)[..., -1].clamp_min(1).sqrt()
+    vector = (w @ top + normal @ inverse) / length[..., None, None]
+    return StiefelDirection(vector, converged, iterations, residual)
 
 
 def orthogonal_factor(matrix: LowRank) -> LowRank:
