@@ -48,7 +48,7 @@ class GaussNewton(Method[Damped]):
     max_inner: int | None = None
 
     steps: ClassVar[int] = 1000
-    patience: ClassVar[int] = 4
+    patience: ClassVar[int] = 10
     residuals: ClassVar[bool] = True
     second_order: ClassVar[bool] = True
 

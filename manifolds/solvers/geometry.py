@@ -1,5 +1,8 @@
 """What a solver asks of a manifold, the same for ours and for geoopt's own."""
 
+from collections.abc import Callable
+from functools import partial
+
 import geoopt
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ EMBEDDED = (geoopt.Euclidean, geoopt.Sphere, geoopt.EuclideanStiefel)
 
 class Geometry:
     """The operations of a manifold on a flat batch of points (N, *point).
+
+    `inner(x, u, v)`, `gradient(x, egrad)` and `transport(x, y, v)` are the manifold's `inner`, `egrad2rgrad` and
+    `transp`; x and y may lack leading dimensions of the vectors.
 
     Where the Hessian comes from, in `hessian`:
 
@@ -32,34 +38,32 @@ class Geometry:
             self.hessian = "exact" if own else "difference"
         else:
             self.hessian = "projection" if isinstance(self.manifold, EMBEDDED) else "difference"
+        self.inner = self._bare("inner")
+        self.transport = self._bare("transp")
+        self.gradient = self._bare("egrad2rgrad")
+        self._retr = self._bare("retr")
+        self._ehess2rhess = self._bare("ehess2rhess") if self.hessian == "exact" else None
 
-    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """⟨u, v⟩ at x (N)."""
-        return self.manifold.inner(x, u, v)
+    def _bare(self, name: str) -> Callable[..., Tensor]:
+        """An operation without the checks of its arguments: a solver's points and vectors fit each other."""
+        function = getattr(type(self.manifold), name)
+        if getattr(function, "_is_operation", False):
+            return partial(function.__wrapped__, self.manifold)
+        return getattr(self.manifold, name)
 
     def norm(self, x: Tensor, u: Tensor) -> Tensor:
         """‖u‖ at x (N)."""
-        if isinstance(self.manifold, Manifold):
-            return self.manifold.norm(x, u)
-        return self.manifold.inner(x, u, u).clamp(min=0).sqrt()
+        return self.inner(x, u, u).clamp(min=0).sqrt()
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """The manifold's retraction; where it gives no finite point, x itself."""
-        y = self.manifold.retr(x, u)
+        y = self._retr(x, u)
         return torch.where(spread(finite(y), y), y, x)
-
-    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """v, tangent at x, brought to y; x and y may lack the leading dimensions of v."""
-        return self.manifold.transp(x, y, v)
-
-    def gradient(self, x: Tensor, egrad: Tensor) -> Tensor:
-        """The Riemannian gradient."""
-        return self.manifold.egrad2rgrad(x, egrad)
 
     def hessian_product(self, x: Tensor, egrad: Tensor, ehess: Tensor, u: Tensor) -> Tensor:
         """Hess f[u] from the Euclidean gradient and Hessian-vector product; not for the mode "difference"."""
-        if self.hessian == "exact":
-            return self.manifold.ehess2rhess(x, egrad, ehess, u)
+        if self._ehess2rhess is not None:
+            return self._ehess2rhess(x, egrad, ehess, u)
         change = torch.func.jvp(lambda point: self.manifold.proju(point, egrad), (x,), (u,))[1]
         return self.manifold.proju(x, ehess + change)
 
@@ -110,5 +114,6 @@ def spread(scalars: Tensor, like: Tensor) -> Tensor:
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Whether every entry of an item is finite (N)."""
-    return tensor.flatten(1).isfinite().all(1) if tensor.ndim > 1 else tensor.isfinite()
+    """Whether every entry of an item is finite (N); a sum that overflows counts as not."""
+    total = tensor.flatten(1).sum(1) if tensor.ndim > 1 else tensor
+    return total - total == 0

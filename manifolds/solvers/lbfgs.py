@@ -23,6 +23,7 @@ class QuasiNewton(Iterate):
         weight: 1 / ⟨s, y⟩ (N, m).
         scale: γ, the multiple of the identity that the inverse Hessian starts from (N).
         plain: whether the next direction is the negative gradient (N).
+        filled: how many places, the last ones, hold pairs.
     """
 
     steps: Tensor
@@ -30,6 +31,7 @@ class QuasiNewton(Iterate):
     weight: Tensor
     scale: Tensor
     plain: Tensor
+    filled: int
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,12 @@ class LBFGS(Method[QuasiNewton]):
         count, *point = look.x.shape
         return QuasiNewton(
             **begin(look),
-            steps=look.x.new_zeros(count, 0, *point),
-            changes=look.x.new_zeros(count, 0, *point),
-            weight=look.x.new_zeros(count, 0),
+            steps=look.x.new_zeros(count, self.memory, *point),
+            changes=look.x.new_zeros(count, self.memory, *point),
+            weight=look.x.new_zeros(count, self.memory),
             scale=torch.ones_like(look.norm),
             plain=torch.ones_like(look.finite),
+            filled=0,
         )
 
     def step(self, problem: Problem, iterate: QuasiNewton, active: Tensor) -> QuasiNewton:
@@ -106,34 +109,48 @@ class LBFGS(Method[QuasiNewton]):
         fields["status"] = torch.where(again, int(Status.RUNNING), found.status)
 
         s = spread(found.step, found.direction) * found.direction
-        bundle = torch.cat([iterate.steps, iterate.changes, gradient.unsqueeze(1)], dim=1)
+        filled = iterate.filled
+        used = slice(self.memory - filled, None)
+        bundle = torch.cat([iterate.steps[:, used], iterate.changes[:, used], gradient.unsqueeze(1)], dim=1)
         bundle = geometry.transport(x.unsqueeze(1), found.x.unsqueeze(1), bundle)
-        count = iterate.weight.shape[1]
         y = found.gradient - bundle[:, -1]
-        drop = max(0, count + 1 - self.memory)
-        steps = torch.cat([bundle[:, drop:count], s.unsqueeze(1)], dim=1)
-        changes = torch.cat([bundle[:, count + drop : 2 * count], y.unsqueeze(1)], dim=1)
+        steps = _push(iterate.steps, bundle[:, :filled], s)
+        changes = _push(iterate.changes, bundle[:, filled : 2 * filled], y)
         s_y = geometry.inner(found.x.unsqueeze(1), steps, changes)
         lengths = geometry.norm(found.x, s) * geometry.norm(found.x, y)
         newest = s_y[:, -1] >= self.caution * lengths
-        taken = torch.cat([iterate.weight[:, drop:] > 0, newest.unsqueeze(1)], dim=1) & (s_y > 0)
+        taken = torch.cat([iterate.weight[:, 1:] > 0, newest.unsqueeze(1)], dim=1) & (s_y > 0)
         weight = torch.where(taken, 1 / torch.where(taken, s_y, 1.0), 0)
         scale = s_y[:, -1] / geometry.inner(found.x, y, y)
         scale = torch.where(taken[:, -1] & scale.isfinite(), scale, iterate.scale)
         plain = again | ~taken.any(1)
-        return QuasiNewton(**fields, steps=steps, changes=changes, weight=weight, scale=scale, plain=plain)
+        return QuasiNewton(
+            **fields,
+            steps=steps,
+            changes=changes,
+            weight=weight,
+            scale=scale,
+            plain=plain,
+            filled=min(filled + 1, self.memory),
+        )
 
     def _apply(self, problem: Problem, iterate: QuasiNewton) -> Tensor:
         """The inverse Hessian applied to the gradient: the two loops of Nocedal, in the metric at x."""
         inner, x, q = problem.geometry.inner, iterate.x, iterate.gradient
-        count = iterate.weight.shape[1]
+        used = range(self.memory - iterate.filled, self.memory)
         taken: list[Tensor] = []
-        for i in reversed(range(count)):
+        for i in reversed(used):
             s, y = iterate.steps[:, i], iterate.changes[:, i]
             taken.append(iterate.weight[:, i] * inner(x, s, q))
             q = q - spread(taken[-1], y) * y
         q = spread(iterate.scale, q) * q
-        for i in range(count):
+        for i in used:
             s, y = iterate.steps[:, i], iterate.changes[:, i]
             q = q + spread(taken.pop() - iterate.weight[:, i] * inner(x, y, q), s) * s
         return q
+
+
+def _push(places: Tensor, carried: Tensor, newest: Tensor) -> Tensor:
+    """The places with carried vectors and a new one at the end; the first place falls out."""
+    empty = places[:, : max(0, places.shape[1] - 1 - carried.shape[1])]
+    return torch.cat([empty, carried[:, max(0, carried.shape[1] + 1 - places.shape[1]) :], newest.unsqueeze(1)], dim=1)

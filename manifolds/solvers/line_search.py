@@ -131,12 +131,15 @@ class LineSearch:
             x, value, iterate.gradient, iterate.gradient_norm, direction, zero, none, none + Status.RUNNING
         )
         alpha, pending, sighted = start, active, torch.zeros_like(active)
+        hopeless = (start * slope).abs() <= 100 * rounding
+        lost = torch.where(hopeless, int(Status.STALLED), int(Status.LINE_SEARCH_FAILED))
         for trial in range(self.trials):
             y = geometry.retract(x, spread(torch.where(pending, alpha, 0), direction) * direction)
             look = problem.look(y)
             carried = geometry.transport(x, y, direction)
             rise = geometry.inner(y, look.gradient, carried)
-            lower = look.value <= ceiling + self.decrease * alpha * slope
+            # At lengths so small that the promised decrease is lost in rounding, an equal value proves nothing.
+            lower = (look.value < ceiling) & (look.value <= ceiling + self.decrease * alpha * slope)
             nearly = (rise >= 0.9 * slope) & (rise <= (2 * self.decrease - 1) * slope)
             good = look.finite & (lower | (nearly & (look.value <= ceiling + rounding)))
             fits = good
@@ -153,6 +156,8 @@ class LineSearch:
                 best.status,
             )
             left = pending & ~fits
+            wall = torch.where(look.value == -torch.inf, int(Status.UNBOUNDED), int(Status.NOT_FINITE))
+            lost = torch.where(look.finite | ~pending, lost, wall)
             going = bool(left.any())
             if trial == 0 and not going:
                 return now
@@ -165,11 +170,4 @@ class LineSearch:
                 break
             bracket, guess = bracket.narrow(alpha, look.value, rise, ~good | (rise > 0), ~look.finite)
             alpha = torch.where(pending, guess, alpha)
-        lost = torch.where(
-            look.finite,
-            torch.where(
-                (start * slope).abs() <= 100 * rounding, int(Status.STALLED), int(Status.LINE_SEARCH_FAILED)
-            ),
-            torch.where(look.value == -torch.inf, int(Status.UNBOUNDED), int(Status.NOT_FINITE)),
-        )
         return replace(best, status=torch.where(active & ~sighted, lost, best.status))

@@ -98,26 +98,34 @@ def freeze(active: Tensor, new: D, old: D) -> D:
 
 @dataclass(frozen=True)
 class Progress:
-    """The best that each item has seen, and for how many steps there was nothing better."""
+    """What each item last achieved, and for how many steps there was nothing more (N each).
+
+    Attributes:
+        value: the lowest value.
+        norm: the gradient norm when it last fell by a tenth.
+        floor: gradients below this are rounding.
+        waited: steps since the last progress.
+    """
 
     value: Tensor
     norm: Tensor
+    floor: Tensor
     waited: Tensor
 
     @staticmethod
     def start(iterate: Iterate) -> "Progress":
         """Nothing was waited for yet."""
-        return Progress(iterate.value, iterate.gradient_norm, torch.zeros_like(iterate.status))
+        norm = iterate.gradient_norm
+        return Progress(iterate.value, norm, torch.finfo(norm.dtype).eps * norm, torch.zeros_like(iterate.status))
 
     def after(self, iterate: Iterate) -> "Progress":
         """Counts a step: progress is a lower value beyond rounding, or a gradient smaller by a tenth."""
         rounding = 2 * torch.finfo(iterate.value.dtype).eps
         lower = iterate.value < self.value - rounding * self.value.abs()
-        flatter = iterate.gradient_norm < 0.9 * self.norm
+        flatter = (iterate.gradient_norm < 0.9 * self.norm) & (iterate.gradient_norm > self.floor)
         waited = torch.where(lower | flatter, 0, self.waited + iterate.moved)
-        return Progress(
-            torch.minimum(self.value, iterate.value), torch.minimum(self.norm, iterate.gradient_norm), waited
-        )
+        norm = torch.where(flatter, iterate.gradient_norm, self.norm)
+        return Progress(torch.where(lower, iterate.value, self.value), norm, self.floor, waited)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Problem:
         with torch.enable_grad():
             point = x.detach().requires_grad_(self.egrad is None or second)
             value, egrad, product = self._differentiate(point, second)
-        seen = value.isfinite() & finite(egrad)
+        seen = finite(value) & finite(egrad)
         egrad = torch.where(spread(seen, egrad), egrad, 0)
         gradient = self.geometry.gradient(x, egrad)
         look = Look(x, value, egrad, gradient, self.geometry.norm(x, gradient), seen, None)
@@ -100,7 +100,6 @@ class Problem:
 
         def exact(u: Tensor) -> Tensor:
             h = self._user_hessian(x, u) if product is None else product(u)
-            h = torch.where(spread(finite(h), h), h, 0)
             return (
                 geometry.gradient(x, h) if self.residuals else geometry.hessian_product(x, look.egrad, h, u)
             )

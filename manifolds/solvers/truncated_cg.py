@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manifolds.solvers.geometry import Geometry, finite, spread
+from manifolds.solvers.geometry import Geometry, spread
 from manifolds.solvers.objective import Product
 
 
@@ -46,37 +46,37 @@ def truncated_cg(
     Source: Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983);
     Absil, Baker and Gallivan, "Trust-region methods on Riemannian manifolds" (2007).
     """
+    inner = geometry.inner
     eta, residual, direction = torch.zeros_like(gradient), gradient, -gradient
-    rr = geometry.inner(x, gradient, gradient)
-    length2, ahead, dd = torch.zeros_like(rr), torch.zeros_like(rr), rr
-    model = torch.zeros_like(rr)
-    pending, bounded = active & (rr > 0), torch.zeros_like(active)
+    rr = dd = inner(x, gradient, gradient)
+    length2 = ahead = decrease = torch.zeros_like(rr)
+    bounded, radius2, goal = torch.zeros_like(active), radius**2, target**2
+    pending = active & (rr > 0)
     products = torch.zeros_like(rr, dtype=torch.long)
-    goal = target**2
     for _ in range(limit):
         bent = product(direction)
-        bent = torch.where(spread(finite(bent), bent), bent, 0)
         products = products + pending
-        curvature = geometry.inner(x, direction, bent)
+        curvature = inner(x, direction, bent)
         alpha = rr / curvature
-        further = length2 + 2 * alpha * ahead + alpha**2 * dd
-        hits = ~((curvature > 0) & (further < radius**2))
-        room = (radius**2 - length2).clamp(min=0)
-        tau = room / (ahead + (ahead**2 + dd * room).sqrt())
-        step = torch.where(hits, tau, alpha)
-        fall = step * rr - step**2 * curvature / 2
-        useful = pending & step.isfinite() & (fall > 0)
+        inside = (curvature > 0) & (length2 + alpha * (2 * ahead + alpha * dd) < radius2)
+        room = radius2 - length2
+        to_edge = room / (ahead + (ahead**2 + dd * room).sqrt())
+        step = torch.where(inside, alpha, to_edge)
+        fall = step * (rr - step * curvature / 2)
+        # Not for an item that has ended, nor where a product is NaN: then every comparison is false.
+        useful = pending & (fall > 0) & (fall < torch.inf)
         step = torch.where(useful, step, 0)
-        eta = eta + spread(step, eta) * direction
-        residual = residual + spread(step, eta) * bent
-        model = torch.where(useful, model + fall, model)
-        length2 = length2 + 2 * step * ahead + step**2 * dd
-        bounded = bounded | (useful & hits)
-        before, rr = rr, geometry.inner(x, residual, residual)
-        pending = useful & ~hits & (rr > goal)
+        along = spread(step, eta)
+        eta = eta + along * direction
+        residual = torch.where(spread(useful, eta), residual + along * bent, residual)
+        decrease = torch.where(useful, decrease + fall, decrease)
+        length2 = length2 + step * (2 * ahead + step * dd)
+        bounded = bounded | (useful & ~inside)
+        before, rr = rr, inner(x, residual, residual)
+        pending = useful & inside & (rr > goal)
         if not bool(pending.any()):
             break
         beta = torch.where(pending, rr / before, 0)
         direction = spread(beta, eta) * direction - residual
         ahead, dd = beta * (ahead + step * dd), rr + beta**2 * dd
-    return Model(eta, model, length2.clamp(min=0).sqrt(), bounded, products)
+    return Model(eta, decrease, length2.clamp(min=0).sqrt(), bounded, products)

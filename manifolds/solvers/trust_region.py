@@ -50,7 +50,7 @@ class TrustRegion(Method[Region]):
     max_inner: int | None = None
 
     steps: ClassVar[int] = 1000
-    patience: ClassVar[int] = 4
+    patience: ClassVar[int] = 10
     second_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
