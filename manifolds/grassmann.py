@@ -1,7 +1,6 @@
 """Subspaces: orthonormal bases, of which all that span the same subspace are one point."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -67,8 +66,8 @@ class Grassmann(Manifold):
     ndim = 2
     example_shape = (5, 3)
     reversible = True
-    retractions: ClassVar[dict[str, int]] = {"polar": 2, "qr": 2}
-    isometric: ClassVar[frozenset[str]] = frozenset({"transp", "transp_follow_retr", "transp_follow_expmap"})
+    retractions = {"polar": 2, "qr": 2}
+    isometric = frozenset({"transp", "transp_follow_retr", "transp_follow_expmap"})
 
     def __init__(self, retraction: str = "polar") -> None:
         super().__init__()
@@ -190,7 +189,7 @@ class Grassmann(Manifold):
         x, y = torch.broadcast_tensors(x, y)
         change = y - x
         across = x.mT @ change
-        cosine, turn = self._align(across)
+        cosine, turn = _align(across)
         outside = _outside(x, change, across) @ turn.mT
         return outside @ _angle_over_sine(cosine)
 
@@ -202,13 +201,6 @@ class Grassmann(Manifold):
         """The sum of squares of the principal angles (*batch)."""
         return self.inner(x, self.logmap(x, y), keepdim=keepdim)
 
-    @staticmethod
-    def _align(across: Tensor) -> tuple[Tensor, Tensor]:
-        """P = cos Θ and the orthogonal W with XᵀY = P W, from Xᵀ(Y − X)."""
-        inner = across + torch.eye(across.shape[-1], dtype=across.dtype, device=across.device)
-        turn = polar(inner)
-        return sym(inner @ turn.mT), turn
-
     # Transports
 
     def transp(self, x: Point, y: Point, v: Point) -> Result:
@@ -217,14 +209,7 @@ class Grassmann(Manifold):
         Formula: v' = v W − (X W + Y)(I + Wᵀ P W)⁻¹ Yᵀ v W, with W and P of `logmap`.
         """
         turn = polar(x.mT @ y)
-        return self._carry(x @ turn, y, v @ turn)
-
-    @staticmethod
-    def _carry(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Parallel transport between bases with symmetric positive XᵀY."""
-        cosine = sym(x.mT @ y)
-        both = cosine + torch.eye(cosine.shape[-1], dtype=cosine.dtype, device=cosine.device)
-        return _outside(x + y, v, torch.linalg.solve(both, y.mT @ v))
+        return _carry(x @ turn, y, v @ turn)
 
     def transp_follow_retr(self, x: Point, u: Point, v: Point) -> Result:
         """Parallel transport along the shortest geodesic to the retraction's end, in its basis."""
@@ -233,7 +218,7 @@ class Grassmann(Manifold):
     def retr_transp(self, x: Point, u: Point, v: Point) -> tuple[Result, Result]:
         """The retraction, and the vector carried to it as by `transp`; polar needs no alignment."""
         y = self.retr(x, u)
-        return y, self._carry(x, y, v) if self.retraction == "polar" else self.transp(x, y, v)
+        return y, _carry(x, y, v) if self.retraction == "polar" else self.transp(x, y, v)
 
     def transp_follow_expmap(self, x: Point, u: Point, v: Point) -> Result:
         """Parallel transport along the geodesic with velocity u, however long, in the basis of `expmap`."""
@@ -259,3 +244,17 @@ def _angle_over_sine(cosine: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*bat
     identity = torch.eye(cosine.shape[-1], dtype=cosine.dtype, device=cosine.device)
     denominators = (1 + square) * identity + (1 - square) * cosine.unsqueeze(-3)
     return sym((weight * torch.linalg.inv(denominators)).sum(-3))
+
+
+def _align(across: Tensor) -> tuple[Tensor, Tensor]:
+    """P = cos Θ and the orthogonal W with XᵀY = P W, from Xᵀ(Y − X)."""
+    inner = across + torch.eye(across.shape[-1], dtype=across.dtype, device=across.device)
+    turn = polar(inner)
+    return sym(inner @ turn.mT), turn
+
+
+def _carry(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    """Parallel transport between bases with symmetric positive XᵀY."""
+    cosine = sym(x.mT @ y)
+    both = cosine + torch.eye(cosine.shape[-1], dtype=cosine.dtype, device=cosine.device)
+    return _outside(x + y, v, torch.linalg.solve(both, y.mT @ v))

@@ -342,8 +342,8 @@ def test_vmap_and_compile(metric: str) -> None:
     y = m.expmap(x, u)
     calls = {
         "retr_qr": (x, u), "retr_polar": (x, u), "retr_cayley": (x, u), "expmap": (x, u), "logmap": (x, y),
-        "proju": (x, u), "projx": (x,), "egrad2rgrad": (x, v), "ehess2rhess": (x, v, u, u), "inner": (x, u, v),
-        "norm": (x, u), "transp": (x, y, v), "transp_follow_expmap": (x, u, v), "expmap_transp": (x, u, v),
+        "proju": (x, u), "projx": (x,), "egrad2rgrad": (x, v), "ehess2rhess": (x, v, u, u),
+        "inner": (x, u, v), "norm": (x, u), "transp": (x, y, v), "transp_follow_expmap": (x, u, v), "expmap_transp": (x, u, v),
         "retr_transp": (x, u, v),
     }  # fmt: skip
     for name, given in calls.items():
@@ -398,7 +398,8 @@ def test_half_precision_computes_in_float32(dtype: torch.dtype, metric: str) -> 
     u = (0.1 * tangent(frame(2, 6, 3))).to(dtype)
     y, moved = m.retr_transp(x, u, u)
     assert y.dtype == moved.dtype == dtype
-    torch.testing.assert_close(y, m.retr(x.float(), u.float()).to(dtype), rtol=0, atol=0)
+    with unchecked():
+        torch.testing.assert_close(y, m.retr(x.float(), u.float()).to(dtype), rtol=0, atol=0)
     assert m.logarithm(x, y).vector.dtype == dtype
     assert m.logmap(x, y).dtype == dtype and m.random(4, 2, dtype=dtype).dtype == dtype
 
