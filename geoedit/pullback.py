@@ -66,7 +66,10 @@ def from_site(
         )
     mask_token = getattr(tokenizer, "mask_token_id", None)
     return Pullback(
-        _Rest(model, source, site, places[site], mask_token), output_metric, damping=damping, derivatives=derivatives
+        _Rest(model, source, site, places[site], mask_token),
+        output_metric,
+        damping=damping,
+        derivatives=derivatives,
     )
 
 
@@ -74,7 +77,12 @@ class _Rest:
     """The model from a site on: states (items, width) to logits (items, vocabulary)."""
 
     def __init__(
-        self, model: nn.Module, source: Texts | Tensors, site: Site, location: Location, mask_token: int | None
+        self,
+        model: nn.Module,
+        source: Texts | Tensors,
+        site: Site,
+        location: Location,
+        mask_token: int | None,
     ) -> None:
         self.model, self.site, self.location, self.mask_token = model, site, location, mask_token
         self.source, self.count = source, len(source)
@@ -94,9 +102,7 @@ class _Rest:
         handle_function = _Put(self.site, batch, states)
         with ExitStack() as stack:
             stack.enter_context(_as_written(self.model))
-            handle = stack.enter_context(
-                attach(self.model, self.site, self.location, handle_function)
-            )
+            handle = stack.enter_context(attach(self.model, self.site, self.location, handle_function))
             logits = run(self.model, batch)
             if handle.calls == 0:
                 raise EditError(f"the module at the site {self.site} never ran, so no state was put there.")

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manifolds.pulled_back import Pullback
+from experiments.benchmarks.timing import compare
+from manifolds.pulled_back import Pullback, SingularDirections
 from manifolds.pulled_back.derivatives import Linearization
 
 log = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """The bottleneck's shape, how many directions, the tolerance of both, and how often each is run."""
+    """The bottleneck's shape, how many directions, the tolerance of both, and the rounds of timing."""
 
     channels: int = 16
     side: int = 6
@@ -34,7 +33,7 @@ class Settings:
     tolerance: float = 1e-3
     least: int = 10
     most: int = 100
-    repeats: int = 5
+    rounds: int = 5
     seed: int = 0
 
 
@@ -43,7 +42,9 @@ class UpPath(nn.Module):
 
     def __init__(self, channels: int, side: int) -> None:
         super().__init__()
-        self.skips = nn.ParameterList([torch.randn(1, channels, side, side), torch.randn(1, 8, 2 * side, 2 * side)])
+        self.skips = nn.ParameterList(
+            [torch.randn(1, channels, side, side), torch.randn(1, 8, 2 * side, 2 * side)]
+        )
         self.middle = nn.Conv2d(channels, channels, 3, padding=1)
         self.first = nn.Conv2d(2 * channels, 8, 3, padding=1)
         self.second = nn.Conv2d(16, 8, 3, padding=1)
@@ -73,7 +74,7 @@ def power_iteration(f: Any, x: Tensor, settings: Settings, generator: torch.Gene
     return vectors, iteration + 1
 
 
-def run(settings: Settings | None = None) -> dict[str, Any]:
+def run(settings: Settings | None = None) -> list[dict[str, Any]]:
     """Time both, and compare their spaces with the exact one."""
     settings = settings or Settings()
     torch.set_num_threads(1)
@@ -88,33 +89,44 @@ def run(settings: Settings | None = None) -> dict[str, Any]:
     pull = Pullback(net, ndim=3)
     exact = torch.linalg.svd(torch.func.jacrev(lambda h: image(h[None])[0])(x).flatten(1).double())
     basis = exact.Vh[: settings.k]
-    times: dict[str, list[float]] = {"ours": [], "power iteration": []}
-    angles: dict[str, list[float]] = {"ours": [], "power iteration": []}
-    steps: dict[str, int] = {}
-    pull.singular_directions(x, settings.k, max_iterations=1)
-    for repeat in range(settings.repeats):
-        start = time.perf_counter()
+    draws = Draws(settings.seed)
+
+    def mine() -> SingularDirections:
         with torch.no_grad():
-            found = pull.singular_directions(
-                x, settings.k, tolerance=settings.tolerance, generator=torch.Generator().manual_seed(repeat)
+            return pull.singular_directions(
+                x, settings.k, tolerance=settings.tolerance, generator=draws.next("ours")
             )
-        times["ours"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        vectors, steps["power iteration"] = power_iteration(
-            image, x, settings, torch.Generator().manual_seed(repeat)
-        )
-        times["power iteration"].append(time.perf_counter() - start)
-        steps["ours"] = found.iterations
-        for name, each in (("ours", found.vectors.flatten(1)), ("power iteration", vectors)):
-            angles[name].append(largest_angle(basis, each.double()))
-    each = [a / b for a, b in zip(times["power iteration"], times["ours"], strict=True)]
-    ratio = {"median": statistics.median(each), "least": min(each), "largest": max(each)}
-    log.info("%.1f times faster; angles %s", ratio["median"], angles)
-    return {
-        "settings": asdict(settings), "seconds": times, "angle_to_exact": angles, "iterations": steps,
-        "ratio": ratio, "singular_values": exact.S[: settings.k + 2].tolist(), "converged": bool(found.converged),
-        "torch": torch.__version__.split("+")[0],
-    }  # fmt: skip
+
+    def theirs() -> tuple[Tensor, int]:
+        return power_iteration(image, x, settings, draws.next("power iteration"))
+
+    timing = compare(mine, theirs, rounds=settings.rounds)
+    found, (vectors, iterations) = mine(), theirs()
+    row = {
+        "work": f"top-{settings.k} Jacobian directions of a U-Net's bottleneck of {x.numel()} numbers",
+        "peer": "power iteration (Park et al. 2023)",
+        "aim": 3.0,
+        **timing.row(),
+        "ours_angle": largest_angle(basis, found.vectors.flatten(1).double()),
+        "peer_angle": largest_angle(basis, vectors.double()),
+        "ours_iterations": found.iterations,
+        "peer_iterations": iterations,
+        "ours_converged": bool(found.converged),
+        "singular_values": [round(float(value), 6) for value in exact.S[: settings.k + 2]],
+    }
+    return [row]
+
+
+class Draws:
+    """Generators of one seed after another, the same for both."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.counts = seed, {"ours": 0, "power iteration": 0}
+
+    def next(self, name: str) -> torch.Generator:
+        """The next generator of one of the two."""
+        self.counts[name] += 1
+        return torch.Generator().manual_seed(self.seed + self.counts[name])
 
 
 def largest_angle(exact: Tensor, found: Tensor) -> float:

@@ -77,7 +77,7 @@ class Chart(Manifold):
         if 0 in shape:
             raise ManifoldError(f"{self.name}.{operation}: x has shape {tuple(shape)}, without any entries")
         point = shape[len(shape) - self.ndim :]
-        return [tensor.reshape(-1, *point) for tensor in together], shape
+        return [tensor.reshape(-1, *point).contiguous() for tensor in together], shape
 
     def _batch(self, shape: torch.Size) -> torch.Size:
         return shape[: len(shape) - self.ndim]

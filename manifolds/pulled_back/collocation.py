@@ -227,7 +227,9 @@ def logarithm(
                 iterations = iterations + (~done & (error > tolerance)).long()
                 if bool(((error <= tolerance / 10) | ~error.isfinite() | done).all()):
                     break
-            tail = _share(_norms(_mix(rule(count, x).tail, bend)), distance) / (4 * count**2)  # what two integrations leave of it
+            tail = _share(_norms(_mix(rule(count, x).tail, bend)), distance) / (
+                4 * count**2
+            )  # what two integrations leave of it
             error = torch.maximum(error, tail)
             error = torch.where(error.isfinite(), error, math.inf)
         fresh = _initial(embedding, x, y, bend, slopes)

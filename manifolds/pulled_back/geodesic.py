@@ -5,10 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from manifolds.pulled_back.linear_solvers import conjugate_gradients, solve_block_tridiagonal, solve_constant
+from manifolds.pulled_back.linear_solvers import (
+    assembled,
+    conjugate_gradients,
+    solve_block_tridiagonal,
+    solve_constant,
+)
 from manifolds.pulled_back.paths import Embedding, dense_model, gradient, half_energy, hessian_product
 
 DENSE = 32
@@ -195,6 +201,9 @@ def attach(embedding: Embedding, path: Tensor, x: Tensor, y: Tensor) -> Tensor:
     inner = found[:, 1:-1]
     ends = torch.cat([x.unsqueeze(1), inner, y.unsqueeze(1)], 1)
     slope = gradient(embedding, ends)
+    followed = torch._C._functorch.is_functorch_wrapped_tensor(slope) or forward_ad._current_level >= 0
+    if not (slope.requires_grad or followed):
+        return ends
     with torch.no_grad():
         solver = _hessian_solver(embedding, found)
     change = solve_constant((slope - slope.detach()).flatten(1), solver).reshape(inner.shape)
@@ -205,12 +214,15 @@ def _hessian_solver(embedding: Embedding, path: Tensor) -> Callable[[Tensor], Te
     inner = path.shape[1] - 2
     if path[0, 0].numel() <= DENSE:
         model = dense_model(embedding, path)
-        more = _ridged(model.approximate[0]) - model.approximate[0]
+        diagonal = model.hessian[0] + _ridged(model.approximate[0]) - model.approximate[0]
 
         def solve(right: Tensor) -> Tensor:
             shaped = right.unflatten(-1, (inner, -1, 1))
-            found, positive = solve_block_tridiagonal(model.hessian[0] + more, model.hessian[1], shaped)
-            return torch.where(positive[:, None], found.flatten(1), math.nan)
+            found, positive = solve_block_tridiagonal(diagonal, model.hessian[1], shaped)
+            if bool(positive.all()):
+                return found.flatten(1)
+            whole = assembled(diagonal, model.hessian[1])  # a saddle, or a way past a conjugate point
+            return torch.linalg.solve_ex(whole, right.unsqueeze(-1))[0].squeeze(-1)
 
         return solve
     _, product, _ = hessian_product(embedding, path)

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+DIRECT = 64
+"""The size of a block tridiagonal system below which one Cholesky factorisation is the quickest."""
 
 
 def solve_block_tridiagonal(
@@ -28,10 +30,11 @@ def solve_block_tridiagonal(
     Source: Heller, "Some aspects of the cyclic reduction algorithm for block tridiagonal linear systems"
         (1976).
     """
-    count = diagonal.shape[-3]
-    if count == 1:
-        factor, failed = torch.linalg.cholesky_ex(diagonal)
-        return torch.cholesky_solve(right, factor), (failed == 0).all(-1)
+    count, size = diagonal.shape[-3], diagonal.shape[-1]
+    if count == 1 or count * size <= DIRECT:
+        factor, failed = torch.linalg.cholesky_ex(assembled(diagonal, above))
+        found = torch.cholesky_solve(right.flatten(-3, -2), factor)
+        return found.unflatten(-2, (count, size)), failed == 0
     # The blocks 0, 2, 4, … go; each keeps its coupling to the block before (`left`) and after it (`ahead`).
     factor, failed = torch.linalg.cholesky_ex(diagonal[..., ::2, :, :])
     removed, kept = factor.shape[-3], count // 2
@@ -52,6 +55,19 @@ def solve_block_tridiagonal(
     whole = torch.empty_like(right.expand(*solution.shape[:-3], *right.shape[-3:]))
     whole[..., ::2, :, :], whole[..., 1::2, :, :] = odd, solution
     return whole, positive & (failed == 0).all(-1)
+
+
+def assembled(
+    diagonal: Float[Tensor, "*batch n d d"], above: Float[Tensor, "*batch n_less_1 d d"]
+) -> Float[Tensor, "*batch nd nd"]:
+    """The block tridiagonal matrix itself (*batch, n·d, n·d)."""
+    count, size = diagonal.shape[-3], diagonal.shape[-1]
+    whole = diagonal.new_zeros(*diagonal.shape[:-3], count, size, count, size)
+    node = torch.arange(count, device=diagonal.device)
+    whole[..., node, :, node, :] = diagonal.movedim(-3, 0)
+    whole[..., node[:-1], :, node[1:], :] = above.movedim(-3, 0)
+    whole[..., node[1:], :, node[:-1], :] = above.mT.movedim(-3, 0)
+    return whole.reshape(*diagonal.shape[:-3], count * size, count * size)
 
 
 def _add_front(value: Tensor, more: Tensor, count: int) -> Tensor:

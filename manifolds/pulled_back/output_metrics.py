@@ -7,7 +7,6 @@ M(y) v.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,7 @@ MetricVector = Callable[[Tensor, Tensor], Tensor]
 """From outputs y and vectors v, both (*batch, *out), to M(y) v of the same shape; linear, symmetric, M ≥
 0."""
 
-OutputMetricLike = Literal["euclidean", "fisher", "categorical", "gaussian"] | MetricVector | None
+OutputMetricLike = str | MetricVector | None
 
 
 class OutputMetric:

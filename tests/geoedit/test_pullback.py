@@ -27,7 +27,9 @@ def test_metric_of_a_site_is_the_dense_one(shared_model, tiny_tokenizer, mode):
     ]
     jacobian = torch.stack(rows, 1).double()
     expected = jacobian.T @ fisher(pull.f(state[None])[0].double()) @ jacobian
-    torch.testing.assert_close(pull.metric(state).double(), expected, rtol=2e-2, atol=2e-3 * expected.abs().max())
+    torch.testing.assert_close(
+        pull.metric(state).double(), expected, rtol=2e-2, atol=2e-3 * expected.abs().max()
+    )
     found = pull.singular_directions(state, 3)
     torch.testing.assert_close(
         found.values.detach().double(), torch.linalg.eigvalsh(expected).flip(0)[:3].sqrt(), rtol=1e-2, atol=0

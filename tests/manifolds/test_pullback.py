@@ -112,7 +112,10 @@ def test_gaussian_and_callable_metrics_are_the_dense_ones():
     f = decoder(size=3, out=8)
     x, u, v = (seeded(3, seed=s) for s in (1, 2, 3))
     expected = dense_metric(f, x, gaussian_matrix(f(x)))
-    for metric in ("gaussian", lambda y, w: torch.vmap(gaussian_matrix)(y).matmul(w.unsqueeze(-1)).squeeze(-1)):
+    for metric in (
+        "gaussian",
+        lambda y, w: torch.vmap(gaussian_matrix)(y).matmul(w.unsqueeze(-1)).squeeze(-1),
+    ):
         pull = Pullback(f, metric)
         torch.testing.assert_close(pull.inner(x, u, v), u @ expected @ v)
         torch.testing.assert_close(pull.metric_vector(x, v), expected @ v)
@@ -146,7 +149,9 @@ def test_gradient_and_hessian_by_dense_christoffel_symbols():
     torch.testing.assert_close(pull.egrad2rgrad(x, g), torch.linalg.solve(metric(x), g))
     torch.testing.assert_close(pull.christoffel(x, u), torch.einsum("kij,i,j->k", symbols, u, u))
     covariant = hessian - torch.einsum("kij,k->ij", symbols, g)
-    torch.testing.assert_close(pull.ehess2rhess(x, g, hessian @ u, u), torch.linalg.solve(metric(x), covariant @ u))
+    torch.testing.assert_close(
+        pull.ehess2rhess(x, g, hessian @ u, u), torch.linalg.solve(metric(x), covariant @ u)
+    )
 
 
 @pytest.mark.parametrize("metric", [None, "fisher", "gaussian"])
@@ -154,7 +159,7 @@ def test_christoffel_symbols_with_many_coordinates_by_conjugate_gradients(metric
     f = decoder(size=40, out=80)
     linear = seeded(80, 40, seed=9)
     pull = Pullback(lambda x: f(x) + x @ linear.T, metric)
-    few = Pullback(lambda x: (f(x) + x @ linear.T), metric)
+    few = Pullback(lambda x: f(x) + x @ linear.T, metric)
     x, g = 0.1 * seeded(2, 40, seed=1), seeded(2, 40, seed=2)
     dense = few.metric(x)
     torch.testing.assert_close(
@@ -192,7 +197,9 @@ def test_singular_directions_equal_the_dense_decomposition(metric):
     found = Pullback(f, metric).singular_directions(x, 4, generator=torch.Generator().manual_seed(1))
     assert bool(found.converged.all())
     for row in range(2):
-        middle = {None: None, "fisher": fisher_matrix(f(x[row])), "gaussian": gaussian_matrix(f(x[row]))}[metric]
+        middle = {None: None, "fisher": fisher_matrix(f(x[row])), "gaussian": gaussian_matrix(f(x[row]))}[
+            metric
+        ]
         squares, vectors = torch.linalg.eigh(dense_metric(f, x[row], middle))
         torch.testing.assert_close(found.values[row], squares.flip(0)[:4].sqrt())
         angles = scipy.linalg.subspace_angles(vectors[:, -4:].numpy(), found.vectors[row].T.numpy())
@@ -229,7 +236,9 @@ def test_small_singular_values_keep_their_digits():
 
 def test_unconverged_directions_say_so():
     matrix = seeded(500, 500)
-    found = Pullback(lambda x: x @ matrix.T).singular_directions(torch.zeros(500, dtype=F64), 8, max_iterations=2)
+    found = Pullback(lambda x: x @ matrix.T).singular_directions(
+        torch.zeros(500, dtype=F64), 8, max_iterations=2
+    )
     assert not bool(found.converged) and found.iterations == 2 and found.angle > 1e-3
 
 
@@ -309,8 +318,12 @@ def test_short_segments_keep_their_digits():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_geodesics_of_the_sphere_are_great_circles(batch, dtype, device):
     pull = Pullback(sphere_chart)
-    x = torch.tensor([0.1, 0.7], dtype=dtype, device=device) + 0.1 * seeded(*batch, 2, dtype=dtype, device=device)
-    y = torch.tensor([1.4, 0.9], dtype=dtype, device=device) + 0.1 * seeded(*batch, 2, seed=1, dtype=dtype, device=device)
+    x = torch.tensor([0.1, 0.7], dtype=dtype, device=device) + 0.1 * seeded(
+        *batch, 2, dtype=dtype, device=device
+    )
+    y = torch.tensor([1.4, 0.9], dtype=dtype, device=device) + 0.1 * seeded(
+        *batch, 2, seed=1, dtype=dtype, device=device
+    )
     exact = sphere_distance(x, y)
     found = pull.geodesic(x, y, steps=40)
     assert found.path.shape == (*batch, 41, 2) and bool(found.converged.all())
@@ -333,7 +346,9 @@ def test_geodesics_through_a_decoder_solve_the_boundary_value_problem(metric, mo
     x, y = torch.tensor([-1.0, -0.5], dtype=F64), torch.tensor([1.0, 0.8], dtype=F64)
 
     def metric_at(point):
-        middle = {None: None, "fisher": fisher_matrix(f(point)), "gaussian": gaussian_matrix(f(point))}[metric]
+        middle = {None: None, "fisher": fisher_matrix(f(point)), "gaussian": gaussian_matrix(f(point))}[
+            metric
+        ]
         return dense_metric(f, point, middle)
 
     def turn(point, v):
@@ -400,6 +415,7 @@ def test_an_initial_path_chooses_the_way_round():
     right = pull.geodesic(x, y, steps=32, initial=over * torch.tensor([1.0, -1.0], dtype=F64))
     straight = pull.geodesic(x, y, steps=32)
     assert left.path[16, 1] > 0.5 and right.path[16, 1] < -0.5 and straight.path[16, 1].abs() < 1e-6
+    assert bool(straight.converged)  # the way over the top is a geodesic too, though not a shortest
     torch.testing.assert_close(left.energy, right.energy)
     assert bool(left.converged) and left.energy < straight.energy
 
@@ -419,7 +435,9 @@ def test_stochman_agrees_on_energies():
             return f(points)
 
     path = seeded(3, 15, 2, seed=1)
-    torch.testing.assert_close(Pullback(f).energy(path), Embedded().curve_energy(path.clone(), reduction="none"))
+    torch.testing.assert_close(
+        Pullback(f).energy(path), Embedded().curve_energy(path.clone(), reduction="none")
+    )
     torch.testing.assert_close(Pullback(f).length(path), Embedded().curve_length(path.clone()))
 
 
@@ -445,13 +463,16 @@ def test_exponential_of_the_sphere_by_rodrigues(batch):
 def test_exponential_of_the_hyperbolic_plane_through_a_gaussian():
     """Fisher's metric of normal distributions: geodesic distance in closed form (Atkinson and Mitchell 1981)."""
     pull = Pullback(lambda x: x, "gaussian")
-    x, y = torch.tensor([[0.3, -0.2], [0.0, 0.0]], dtype=F64), torch.tensor([[1.1, 0.4], [0.0, 0.5]], dtype=F64)
+    x, y = (
+        torch.tensor([[0.3, -0.2], [0.0, 0.0]], dtype=F64),
+        torch.tensor([[1.1, 0.4], [0.0, 0.5]], dtype=F64),
+    )
     (m, s), (n, t) = (x[:, 0], x[:, 1].exp()), (y[:, 0], y[:, 1].exp())
     exact = 2**0.5 * torch.acosh(1 + ((m - n) ** 2 / 2 + (s - t) ** 2) / (2 * s * t))
     torch.testing.assert_close(pull.dist(x, y), exact, rtol=1e-10, atol=0)
     torch.testing.assert_close(pull.expmap(x, pull.logmap(x, y)), y, rtol=0, atol=1e-9)
-    coarse = abs(pull.geodesic(x, y, steps=16).length - exact)
-    assert (coarse / abs(pull.geodesic(x, y, steps=32).length - exact) > 3.5).all()
+    coarse, fine = (abs(pull.geodesic(x, y, steps=n).length - exact)[0] for n in (16, 32))
+    assert coarse / fine > 3.5
 
 
 def test_distance_of_distributions_is_the_arc_on_the_sphere():
@@ -547,3 +568,107 @@ def test_a_totally_geodesic_image_has_no_curvature_among_distributions():
     """2 √p runs along a great circle where the odds of two outcomes alone change."""
     pull = Pullback(lambda x: torch.cat([x, torch.zeros_like(x), torch.full_like(x, -500.0)], -1), "fisher")
     assert pull.curvature(torch.tensor([0.7], dtype=F64), torch.ones(1, dtype=F64)) < 1e-10
+
+
+# Derivatives, transforms, and refusals
+
+
+@pytest.mark.parametrize("metric", [None, "fisher", "gaussian"])
+def test_derivatives_of_geodesics_and_logarithms(metric):
+    f = decoder(size=2, out=6, seed=5)
+    pull = Pullback(f, metric)
+    x, y = (0.5 * seeded(2, seed=s) for s in (1, 2))
+    x.requires_grad_()
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda a, b: pull.geodesic(a, b, steps=6, tolerance=1e-10).path, (x, y), atol=1e-5
+    )
+    assert torch.autograd.gradcheck(
+        lambda a, b: pull.geodesic(a, b, steps=6, tolerance=1e-10).length, (x, y), atol=1e-5
+    )
+    assert torch.autograd.gradcheck(pull.logmap, (x, y), atol=1e-5)
+
+
+def test_derivatives_of_the_other_operations():
+    pull = Pullback(decoder(size=2, out=6, seed=5), "fisher")
+    x, u, v = (0.4 * seeded(2, seed=s).requires_grad_() for s in (1, 2, 3))
+    for operation in (
+        pull.inner,
+        pull.metric_vector,
+        pull.norm,
+        pull.egrad2rgrad,
+        pull.christoffel,
+        pull.expmap,
+    ):
+        arguments = (x, u, v) if operation == pull.inner else (x, u)
+        assert torch.autograd.gradcheck(
+            operation, [a.detach().requires_grad_() for a in arguments], atol=1e-5
+        )
+    assert torch.autograd.gradgradcheck(pull.inner, (x.detach().requires_grad_(), u.detach(), v.detach()))
+    assert torch.autograd.gradcheck(pull.curvature, (x.detach().requires_grad_(), v.detach()), atol=1e-5)
+
+
+def test_operations_under_vmap():
+    pull = Pullback(sphere_chart)
+    x, u = 0.4 * seeded(4, 2, seed=1), 0.4 * seeded(4, 2, seed=2)
+    for operation in (
+        pull.inner,
+        pull.norm,
+        pull.metric_vector,
+        pull.egrad2rgrad,
+        pull.christoffel,
+        pull.expmap,
+    ):
+        torch.testing.assert_close(torch.vmap(operation)(x, u), operation(x, u), rtol=1e-8, atol=1e-10)
+
+
+def test_half_precision_and_broadcasting():
+    matrix = seeded(5, 3, dtype=torch.float32)
+    pull = Pullback(lambda x: x @ matrix.T)
+    x, u = seeded(3, dtype=torch.float32).bfloat16(), seeded(4, 3, seed=1, dtype=torch.float32).bfloat16()
+    assert pull.inner(x, u).dtype == torch.bfloat16 and pull.inner(x, u).shape == (4,)
+    torch.testing.assert_close(pull.inner(x, u), (u.float() @ matrix.T).square().sum(-1).bfloat16())
+
+
+def test_damping_is_the_metric_of_the_map_with_its_input():
+    f = decoder(size=4, out=3)  # rank 3 at most
+    pull = Pullback(f, damping=0.25)
+    other = Pullback(lambda x: torch.cat([f(x), 0.5 * x], -1))
+    x, u = seeded(2, 4, seed=1), seeded(2, 4, seed=2)
+    for name in ("metric_vector", "norm", "expmap", "egrad2rgrad"):
+        torch.testing.assert_close(getattr(pull, name)(x, u), getattr(other, name)(x, u))
+    with pytest.raises(ManifoldError, match="damping"):
+        Pullback(f).egrad2rgrad(x, u)
+
+
+@pytest.mark.parametrize("broken", [lambda x: x[0], lambda x: x.sum(), lambda x: (x, x), lambda x: x.long()])
+def test_maps_that_do_not_fit_are_refused(broken):
+    with pytest.raises(ManifoldError, match="f gave|gave"):
+        Pullback(broken).energy(seeded(5, 3))
+
+
+def test_refusals_say_what_is_wrong():
+    pull = Pullback(lambda x: x * 2)
+    x = seeded(4, 3)
+    with pytest.raises(ManifoldError, match="k is 4"):
+        pull.singular_directions(x, 4)
+    with pytest.raises(ManifoldError, match=r"y \(4, 2\)|shape"):
+        pull.geodesic(x, x[:, :2])
+    with pytest.raises(ManifoldError, match="NaN or infinite"):
+        Pullback(lambda x: x.log()).energy(-x.abs())
+    with pytest.raises(ManifoldError, match="not finite|not on the manifold"):
+        pull.norm(x * math.nan, x)
+    with pytest.raises(ManifoldError, match="two nodes"):
+        pull.length(x[:1])
+    with pytest.raises(ManifoldError, match="steps is 0"):
+        pull.geodesic(x, x, steps=0)
+    with pytest.raises(ManifoldError, match="initial has shape"):
+        pull.geodesic(x, x, steps=4, initial=seeded(4, 4, 3))
+    with pytest.raises(ManifoldError, match="output_metric is 'fischer'"):
+        Pullback(lambda x: x, "fischer")
+    with pytest.raises(ManifoldError, match="mixes the items"):
+        Pullback(nn.BatchNorm1d(3).double()).geodesic(x, x + 1)
+    with pytest.raises(ManifoldError, match="of the shape of v"):
+        Pullback(lambda x: x, lambda y, v: v[..., :1]).norm(x, x)
+    with pytest.raises(ManifoldError, match="n means"):
+        Pullback(lambda x: x, "gaussian").norm(x, x)
