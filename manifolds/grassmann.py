@@ -1,6 +1,7 @@
 """Subspaces: orthonormal bases, of which all that span the same subspace are one point."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -66,8 +67,8 @@ class Grassmann(Manifold):
     ndim = 2
     example_shape = (5, 3)
     reversible = True
-    retractions = {"polar": 2, "qr": 2}
-    isometric = frozenset({"transp", "transp_follow_retr", "transp_follow_expmap"})
+    retractions: ClassVar[dict[str, int]] = {"polar": 2, "qr": 2}
+    isometric: ClassVar[frozenset[str]] = frozenset({"transp", "transp_follow_retr", "transp_follow_expmap"})
 
     def __init__(self, retraction: str = "polar") -> None:
         super().__init__()

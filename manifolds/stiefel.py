@@ -93,14 +93,14 @@ class Stiefel(Manifold):
         if metric not in ORDERS:
             raise ManifoldError(f"Stiefel: metric is {metric!r}; take one of {', '.join(map(repr, ORDERS))}")
         self.metric = metric
-        self.retractions = ORDERS[metric]
+        self.retractions = ORDERS[metric]  # type: ignore[misc]
         self.retraction = "qr" if retraction is None else retraction
         if self.retraction not in self.retractions:
             choices = ", ".join(map(repr, self.retractions))
             raise ManifoldError(f"Stiefel: retraction is {retraction!r}; take one of {choices}")
-        self.isometric = frozenset({"transp_follow_expmap"})
+        self.isometric = frozenset({"transp_follow_expmap"})  # type: ignore[misc]
         if self.retraction == "cayley":
-            self.isometric |= {"transp_follow_retr"}
+            self.isometric |= {"transp_follow_retr"}  # type: ignore[misc]
         self.bend = {"euclidean": 0.0, "canonical": 0.5}[metric]
         self.name = "Stiefel" if metric == "euclidean" else f"Stiefel(metric={metric!r})"
 

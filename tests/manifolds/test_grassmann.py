@@ -259,7 +259,7 @@ def test_points_broadcast() -> None:
     y = m.retr(x, 0.1 * u)
     for name, given, size in (
         ("expmap", (x, u), (4, 5, 3)), ("logmap", (x, y), (4, 5, 3)), ("transp", (x, y, v), (2, 4, 5, 3)),
-        ("transp_follow_expmap", (x, u, v), (2, 4, 5, 3)), ("inner", (x, u, v), (2, 4)), 
+        ("transp_follow_expmap", (x, u, v), (2, 4, 5, 3)), ("inner", (x, u, v), (2, 4)),
         ("dist", (y, x), (4,)),
         ("ehess2rhess", (x, noise(5, 3), v, u), (2, 4, 5, 3)), ("norm", (x, u), (4,)),
     ):  # fmt: skip

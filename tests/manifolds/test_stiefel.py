@@ -343,7 +343,8 @@ def test_vmap_and_compile(metric: str) -> None:
     calls = {
         "retr_qr": (x, u), "retr_polar": (x, u), "retr_cayley": (x, u), "expmap": (x, u), "logmap": (x, y),
         "proju": (x, u), "projx": (x,), "egrad2rgrad": (x, v), "ehess2rhess": (x, v, u, u),
-        "inner": (x, u, v), "norm": (x, u), "transp": (x, y, v), "transp_follow_expmap": (x, u, v), "expmap_transp": (x, u, v),
+        "inner": (x, u, v), "norm": (x, u), "transp": (x, y, v), "transp_follow_expmap": (x, u, v),
+        "expmap_transp": (x, u, v),
         "retr_transp": (x, u, v),
     }  # fmt: skip
     for name, given in calls.items():
