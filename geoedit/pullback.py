@@ -35,33 +35,34 @@ def from_site(
 ) -> Pullback:
     """The metric on states at a site: how far the next token's distribution moves when the state does.
 
-    Its map takes states (items, width) to the logits (items, vocabulary) at the prompt's last token (at the mask
-    token of a masked model), with the state at the site replaced and everything after it computed anew. The model is
-    run in evaluation mode, with attention written out ("eager"), and left as it was after each call: its fused
-    attention kernels have no forward-mode derivative and no second one. Models with another attention that lacks
-    forward mode take derivatives="reverse".
+    Its map takes states (items, width) to the logits (items, vocabulary) at the prompt's last token (at the
+    mask token of a masked model), with the state at the site replaced and everything after it computed anew.
+    The model is run in evaluation mode, with attention written out ("eager"), and left as it was after each
+    call: its fused attention kernels have no forward-mode derivative and no second one. Models with another
+    attention that lacks forward mode take derivatives="reverse".
 
     Args:
         model: a language model or a masked one.
         tokenizer: its tokenizer; None with ready inputs.
-        prompts: one prompt, or several of which each item of a batch of states has one: a batch (…, prompts, width);
-            or ready input tensors.
+        prompts: one prompt, or several of which each item of a batch of states has one: a batch (…, prompts,
+            width); or ready input tensors.
         site: where, at one token of each prompt.
         values: what each prompt is about, for a site at the token "value".
         output_metric: see `Pullback`; Fisher's metric of the next token if not given.
-        damping: see `Pullback`. A state of more directions than the outputs see has a degenerate metric without it.
+        damping: see `Pullback`. A state of more directions than the outputs see has a degenerate metric
+            without it.
         derivatives: see `Pullback`.
 
     Raises:
         EditError: the site is not there, or means several tokens; prompts of several lengths.
     """
-    single = isinstance(prompts, str)
-    source = read_inputs(model, tokenizer, [prompts] if single else prompts, values)  # type: ignore[list-item]
+    source = read_inputs(model, tokenizer, [prompts] if isinstance(prompts, str) else prompts, values)
     places = locate_all(model, [site])
     source.check(model, (site,))
     if source.lengths is not None and len(set(source.lengths)) > 1:
         raise EditError(
-            f"the prompts have {min(source.lengths)} to {max(source.lengths)} tokens; one metric takes prompts of one "
+            f"the prompts have {min(source.lengths)} to {max(source.lengths)} tokens; one metric takes "
+            "prompts of one "
             "length, so that none is padded. Make one for each length."
         )
     mask_token = getattr(tokenizer, "mask_token_id", None)
@@ -91,11 +92,13 @@ class _Rest:
         width = self.location.width
         if states.dim() != 2 or (width and states.shape[1] != width):
             raise EditError(
-                f"states for the site {self.site} have shape {tuple(states.shape)}; they must be (…, {width})."
+                f"states for the site {self.site} have shape {tuple(states.shape)}; they must be (…, "
+                f"{width})."
             )
         if states.shape[0] % self.count:
             raise EditError(
-                f"{states.shape[0]} states do not divide among {self.count} prompts; give (…, {self.count}, width)."
+                f"{states.shape[0]} states do not divide among {self.count} prompts; give (…, "
+                f"{self.count}, width)."
             )
         times = states.shape[0] // self.count
         batch = self.source.batch([i for i in range(self.count) for _ in range(times)])
@@ -124,7 +127,9 @@ class _Put:
 def _as_written(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode and with attention written out; modes and configs are put back."""
     modes = [(module, module.training) for module in model.modules()]
-    configs = {id(config): config for config in (getattr(module, "config", None) for module, _ in modes)}
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module, _ in modes if hasattr(module, "config")
+    }
     kernels = [
         (config, config._attn_implementation)
         for config in configs.values()

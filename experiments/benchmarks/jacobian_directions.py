@@ -1,9 +1,10 @@
-"""The top directions of the Jacobian of a small U-Net at its bottleneck: block Krylov against power iteration.
+"""The top directions of a small U-Net's Jacobian at its bottleneck: block Krylov, power iteration.
 
-Run with ``python -m experiments.benchmarks.jacobian_directions``. The peer is the subspace power iteration of Park et
-al., "Understanding the latent space of diffusion models through the lens of Riemannian geometry" (2023), written anew
-from its description, with the settings of their code: at least 10 iterations, at most 100, and a stop when no entry
-of the right vectors moved by more than 1e-3. Its Jacobian products are ours, so that only the iterations differ.
+Run with ``python -m experiments.benchmarks.jacobian_directions``. The peer is the subspace power iteration of
+Park et al., "Understanding the latent space of diffusion models through the lens of Riemannian geometry"
+(2023), written anew from its description, with the settings of their code: at least 10 iterations, at most
+100, and a stop when no entry of the right vectors moved by more than 1e-3. Its Jacobian products are ours, so
+that only the iterations differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A geodesic through a decoder from 2 to 768 dimensions: ours against stochman's.
 
-Run with ``python -m experiments.benchmarks.pullback_geodesic``; stochman is in the extra ``bench``. Both get the same
-network, the same ends and one thread; the curves that they return are measured with one fine discretisation.
+Run with ``python -m experiments.benchmarks.pullback_geodesic``; stochman is in the extra ``bench``. Both get
+the same network, the same ends and one thread; the curves that they return are measured with one fine
+discretisation.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,12 +39,12 @@ class Settings:
 
 
 def decoder(settings: Settings) -> nn.Sequential:
-    """A network with hyperbolic tangents and random weights, larger than usual by `gain` so that its image bends."""
+    """A network with hyperbolic tangents and random weights, `gain` times the usual so that it bends."""
     sizes = [2, *settings.hidden, settings.outputs]
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        for number, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for number, (before, after) in enumerate(pairwise(sizes)):
             layers += (
                 [nn.Linear(before, after), nn.Tanh()]
                 if number < len(sizes) - 2
@@ -66,7 +68,7 @@ def run(settings: Settings | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     net = decoder(settings)
 
-    class Decoded(manifold.EmbeddedManifold):  # type: ignore[misc, name-defined]
+    class Decoded(manifold.EmbeddedManifold):
         def embed(self, points: Tensor, jacobian: bool = False) -> Tensor:
             return net(points)
 

@@ -11,8 +11,7 @@ from manifolds.operations import widened
 
 
 class Chart(Manifold):
-    """The set of all tensors whose last `ndim` dimensions are one point: every one is a point, and every one
-    a tangent.
+    """All tensors whose last `ndim` dimensions are one point: each is a point, and each a tangent.
 
     What does not depend on the metric: projections, the straight retraction, dimension, random points.
     """
@@ -64,7 +63,8 @@ class Chart(Manifold):
                 raise ManifoldError(f"{self.name}.{operation}: {reason}")
             if not tensor.is_floating_point():
                 raise ManifoldError(
-                    f"{self.name}.{operation}: x has dtype {tensor.dtype}; points are real floating-point tensors"
+                    f"{self.name}.{operation}: x has dtype {tensor.dtype}; points are real floating-point "
+                    "tensors"
                 )
         try:
             together = torch.broadcast_tensors(*(plain(widened(tensor)) for tensor in tensors))

@@ -1,5 +1,4 @@
-"""The geodesic equation by collocation: the exponential as an initial value problem, the logarithm as one of
-two ends.
+"""The geodesic equation by collocation: the exponential from one end, the logarithm from two.
 
 A polynomial's second derivative is asked to be the acceleration at Gauss's nodes, all of which are evaluated
 at once: a few calls of the map with many points, where a stepping method makes many calls with few.
@@ -264,9 +263,7 @@ def _along(x: Tensor, goal: Tensor, bend: Tensor, gauss: Rule) -> tuple[Tensor, 
 
 
 def _newton(embedding: Embedding, x: Tensor, goal: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
-    """The step that Newton's method takes off, and the matrix (items, nodes·size, nodes·size) that it solves
-    with.
-    """
+    """The step that Newton's method takes off, and its matrix (items, nodes·size, nodes·size)."""
     items, count, size = bend.shape[0], bend.shape[1], x[0].numel()
     gauss = rule(count, x)
     places, paces = _along(x, goal, bend, gauss)
@@ -296,9 +293,7 @@ def _newton(embedding: Embedding, x: Tensor, goal: Tensor, bend: Tensor) -> tupl
 
 
 def _initial(embedding: Embedding, x: Tensor, y: Tensor, bend: Tensor, slopes: Tensor) -> Tensor:
-    """The initial velocity, with its derivative in the ends and in the map by the implicit function
-    theorem.
-    """
+    """The initial velocity, and by the implicit function theorem its derivative in ends and map."""
     gauss = rule(bend.shape[1], x)
     goal = y - x
     if torch.is_grad_enabled():
@@ -311,8 +306,7 @@ def _initial(embedding: Embedding, x: Tensor, y: Tensor, bend: Tensor, slopes: T
 def initial_velocity(
     embedding: Embedding, path: Float[Tensor, "items nodes *point"]
 ) -> Float[Tensor, "items *point"]:
-    """The velocity at the start of a discretised geodesic: the momentum of its energy, turned into a
-    velocity.
+    """The velocity at the start of a discretised geodesic, from the momentum of its energy.
 
     G⁻¹ Jᵀ Δz · steps where M = I: right to second order in the step.
     """

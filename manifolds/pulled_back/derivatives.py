@@ -5,7 +5,7 @@ the whole batch is a product with every item's own Jacobian.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,13 @@ from manifolds.errors import ManifoldError
 
 Map = Callable[[Tensor], Tensor]
 Mode = Literal["forward", "reverse"]
+
+
+def reverse(function: Map, x: Tensor) -> tuple[Tensor, Map]:
+    """The value at x, and the map u ↦ Jᵀ u."""
+    found: Any = torch.func.vjp(function, x)
+    value, pull = found
+    return value, lambda u: pull(u)[0]
 
 
 def derivative(function: Map, x: Tensor, v: Tensor, mode: Mode = "forward") -> tuple[Tensor, Tensor]:
@@ -27,9 +34,9 @@ def derivative(function: Map, x: Tensor, v: Tensor, mode: Mode = "forward") -> t
         ManifoldError: an operation of the map has no forward mode.
     """
     if mode == "reverse":
-        value, pull = torch.func.vjp(function, x)
-        _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))
-        return value, push(v)[0]
+        value, pull = reverse(function, x)
+        _, push = reverse(pull, torch.zeros_like(value))
+        return value, push(v)
     try:
         value, slope = torch.func.jvp(function, (x,), (v,))
     except NotImplementedError as unknown:
@@ -37,7 +44,8 @@ def derivative(function: Map, x: Tensor, v: Tensor, mode: Mode = "forward") -> t
             raise
         reason = str(unknown).split(". ")[0]
         raise ManifoldError(
-            f"Pullback: the map has an operation without forward-mode derivative ({reason}); construct it with "
+            f"Pullback: the map has an operation without forward-mode derivative ({reason}); construct it "
+            "with "
             "derivatives='reverse'"
         ) from unknown
     return value, slope
@@ -53,18 +61,17 @@ def push_all(
 ) -> Tensor:
     """J v (items, k, …) for k vectors at each point."""
     if mode == "reverse":
-        value, pull = torch.func.vjp(function, x)
-        _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))
-        return torch.func.vmap(lambda v: push(v)[0], 1, 1)(vectors)
+        value, pull = reverse(function, x)
+        _, push = reverse(pull, torch.zeros_like(value))
+        return torch.func.vmap(push, 1, 1)(vectors)
     return torch.func.vmap(lambda v: derivative(function, x, v)[1], 1, 1)(vectors)
 
 
 def push_symmetric(
     function: Map, x: Float[Tensor, "items *point"], vectors: Float[Tensor, "items k *point"]
 ) -> Tensor:
-    """J v for k vectors at each point where J is symmetric, as that of a gradient is: by reverse mode alone."""
-    _, pull = torch.func.vjp(function, x)
-    return torch.func.vmap(lambda v: pull(v)[0], 1, 1)(vectors)
+    """J v for k vectors a point where J is symmetric, as a gradient's is, by reverse mode alone."""
+    return torch.func.vmap(reverse(function, x)[1], 1, 1)(vectors)
 
 
 class Linearization:
@@ -76,7 +83,7 @@ class Linearization:
 
     def __init__(self, function: Map, x: Float[Tensor, "items *point"], mode: Mode = "forward") -> None:
         self.x, self.function, self.mode = x, function, mode
-        self.value, self._pull = torch.func.vjp(function, x)
+        self.value, self._pull = reverse(function, x)
 
     def push(self, vectors: Float[Tensor, "items k *point"]) -> Float[Tensor, "items k outputs"]:
         """J v for each vector."""
@@ -84,7 +91,7 @@ class Linearization:
 
     def pull(self, covectors: Float[Tensor, "items k outputs"]) -> Float[Tensor, "items k *point"]:
         """Jᵀ u for each covector."""
-        return torch.func.vmap(lambda u: self._pull(u)[0], 1, 1)(covectors)
+        return torch.func.vmap(self._pull, 1, 1)(covectors)
 
     def jacobian(self) -> Float[Tensor, "items size outputs"]:
         """Every row the derivative along one coordinate of the point."""

@@ -173,8 +173,7 @@ def _free_step(
 
 
 def laplacian_inverse(path: Tensor) -> Callable[[Tensor], Tensor]:
-    """Products (items, inner·size) with the inverse of the path's second difference, (2, −1) along the inner
-    nodes.
+    """Products (items, inner·size) with the inverse of the path's second difference, (−1, 2, −1).
 
     Its entries are known: min(i, j) (n + 1 − max(i, j)) / (n + 1).
     """

@@ -1,6 +1,4 @@
-"""Batches of symmetric positive systems: block tridiagonal by odd-even reduction, and any by conjugate
-gradients.
-"""
+"""Batches of symmetric positive systems: block tridiagonal ones directly, any by conjugate gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,9 +143,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def solve_constant(right: Tensor, solver: Product) -> Tensor:
-    """The solution b ↦ A⁻¹ b of a symmetric A that is held constant, with its derivative, which is A⁻¹
-    again.
-    """
+    """The solution A⁻¹ b for a symmetric A that is held constant, with its derivative, A⁻¹ again."""
     return _Solve.apply(right, solver)
 
 

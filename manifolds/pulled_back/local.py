@@ -1,6 +1,4 @@
-"""The pulled-back metric at points: products, solutions of its systems, Christoffel symbols and
-acceleration.
-"""
+"""The pulled-back metric at points: products, solutions, Christoffel symbols and acceleration."""
 
 import math
 
@@ -41,8 +39,7 @@ class MetricAt:
         return (found + found.mT) / 2
 
     def solve(self, b: Float[Tensor, "items *point"]) -> Float[Tensor, "items *point"]:
-        """G⁻¹ b: by Cholesky for points of few coordinates, by conjugate gradients for others; NaN where G is
-        singular.
+        """G⁻¹ b, by Cholesky for few coordinates, else by conjugate gradients; NaN where G is singular.
 
         Its derivative is that of the solution, not of the iteration.
         """
@@ -78,9 +75,7 @@ class MetricAt:
         return near + solve_constant((rest - rest.detach()).flatten(1), search).reshape(shape)
 
     def christoffel(self, u: Float[Tensor, "items *point"], v: Float[Tensor, "items *point"]) -> Tensor:
-        """Γ(u, v) with its index down: Jᵀ D²E(u, v), or ½ (D_u(G v) + D_v(G u) − ∇⟨u, G v⟩) for a metric
-        M(z).
-        """
+        """Γ(u, v), index down: Jᵀ D²E(u, v), or ½ (D_u(G v) + D_v(G u) − ∇⟨u, G v⟩) with an M(z)."""
         embedding = self.embedding
         if embedding.weight is None:
             return self.pull(second_derivative(embedding.function, self.x, u, v, embedding.mode))

@@ -1,4 +1,4 @@
-"""The pulled-back metric as inner products, gradients and Hessians; and the map behind it, with its checks."""
+"""The pulled-back metric at points: inner products, gradients, Hessians; and the map behind it."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from manifolds.pulled_back.paths import Embedding
 
 
 class PulledMetric(Chart):
-    """A map, the metric on its outputs, and what the pulled-back metric says at single points; see `Pullback`."""
+    """A map, the metric on its outputs, and what they say at single points; see `Pullback`."""
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class PulledMetric(Chart):
     def metric_vector(self, x: Tensor, v: Tensor) -> Tensor:
         """The product G v = Jᵀ M J v + ε v, of the shape of the points."""
         (a, b), shape = self._flat("metric_vector", x, v)
-        return self._finite("metric_vector", MetricAt(self.embedding(), a).vector(b), shape).reshape(shape)
+        return self._finite("metric_vector", MetricAt(self.geometry(), a).vector(b), shape).reshape(shape)
 
     @operation
     def metric(self, x: Tensor) -> Float[Tensor, "*batch n n"]:
         """The matrix G over the flattened coordinates of the points; n² entries each, so for small points."""
         (a,), shape = self._flat("metric", x)
-        found = self._finite("metric", MetricAt(self.embedding(), a).matrix(), shape)
+        found = self._finite("metric", MetricAt(self.geometry(), a).matrix(), shape)
         return found.reshape(*self._batch(shape), *found.shape[1:])
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
         """⟨u, v⟩ = ⟨J u, M J v⟩ + ε ⟨u, v⟩ (*batch)."""
         (a, b, c), shape = self._flat("inner", x, u, u if v is None else v)
-        at = MetricAt(self.embedding(), a)
+        at = MetricAt(self.geometry(), a)
         left = at.push(b)
         right = left if v is None else at.push(c)
         found = (left * at.embedding.weigh(at.at.value, right)).sum(-1)
@@ -73,7 +73,7 @@ class PulledMetric(Chart):
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """The length of J u in the output metric (*batch)."""
         (a, b), shape = self._flat("norm", x, u)
-        at = MetricAt(self.embedding(), a)
+        at = MetricAt(self.geometry(), a)
         pushed = at.push(b)
         if at.embedding.weight is None:
             found = frobenius_norm(pushed, 1)
@@ -84,29 +84,28 @@ class PulledMetric(Chart):
     def egrad2rgrad(self, x: Tensor, g: Tensor) -> Tensor:
         """The Riemannian gradient G⁻¹ g."""
         (a, b), shape = self._flat("egrad2rgrad", x, g)
-        return self._regular("egrad2rgrad", MetricAt(self.embedding(), a).solve(b), shape).reshape(shape)
+        return self._regular("egrad2rgrad", MetricAt(self.geometry(), a).solve(b), shape).reshape(shape)
 
     def ehess2rhess(self, x: Tensor, g: Tensor, h: Tensor, u: Tensor) -> Tensor:
         """The Riemannian Hessian applied to u: G⁻¹ (h − ⟨G⁻¹ g, Γ(u, ·)⟩)."""
         (a, b, c, d), shape = self._flat("ehess2rhess", x, g, h, u)
-        at = MetricAt(self.embedding(), a)
+        at = MetricAt(self.geometry(), a)
         found = at.solve(c - at.christoffel_adjoint(at.solve(b), d))
         return self._regular("ehess2rhess", found, shape).reshape(shape)
 
     @operation
     def christoffel(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """The vector Γ(u, v), of components Γᵏᵢⱼ uⁱ vʲ; v = u if not given. A geodesic accelerates by −Γ(ẋ,
-        ẋ).
+        """The vector Γ(u, v), of components Γᵏᵢⱼ uⁱ vʲ, by which a geodesic bends; v = u if not given.
 
         Formula: Γ(u, v) = J⁺ D²f(u, v) with J⁺ = G⁻¹ Jᵀ for Euclidean outputs.
         """
         (a, b, c), shape = self._flat("christoffel", x, u, u if v is None else v)
-        at = MetricAt(self.embedding(), a)
+        at = MetricAt(self.geometry(), a)
         return self._regular("christoffel", at.solve(at.christoffel(b, c)), shape).reshape(shape)
 
     # The map
 
-    def embedding(self, *, damped: bool = True) -> Embedding:
+    def geometry(self, *, damped: bool = True) -> Embedding:
         """The map into the space where the metric is measured, flattened: what all else is computed from.
 
         It is φ∘f for an output metric with an isometric embedding φ, else f with the products M(y) v; with
@@ -137,7 +136,8 @@ class PulledMetric(Chart):
             )
         if y.ndim < 2 or y.shape[0] != x.shape[0]:
             raise ManifoldError(
-                f"{self.name}: f took points of shape {tuple(x.shape)} and gave {tuple(y.shape)}; it must give "
+                f"{self.name}: f took points of shape {tuple(x.shape)} and gave {tuple(y.shape)}; it must "
+                "give "
                 f"({x.shape[0]}, *out), one output an item: wrap a function of one point in torch.vmap"
             )
         if not y.is_floating_point():
@@ -147,9 +147,7 @@ class PulledMetric(Chart):
         return y
 
     def _check_items(self, operation: str, x: Tensor, shape: torch.Size) -> None:
-        """Refuses a map that mixes items, or that is random: another first item must leave the others'
-        outputs.
-        """
+        """Refuses a map that is random or mixes items: another first one must leave the others' outputs."""
         if x.shape[0] < 2 or not readable(x):
             return
         with torch.no_grad():
@@ -161,7 +159,8 @@ class PulledMetric(Chart):
             change = float((after - before).abs().amax() / scale)
         if change > 1e-3:
             raise ManifoldError(
-                f"{self.name}.{operation}: f mixes the items of a batch, or is random (another first item changes the "
+                f"{self.name}.{operation}: f mixes the items of a batch, or is random (another first item "
+                "changes the "
                 f"others' outputs by {change:.1g}); put batch normalisation and dropout into evaluation mode"
             )
 
@@ -172,7 +171,8 @@ class PulledMetric(Chart):
                 batch = self._batch(shape)
                 where = item_of(flags, batch) if flags.numel() == batch.numel() else ""
                 raise ManifoldError(
-                    f"{self.name}.{operation}: f, or its derivative, is NaN or infinite{where}; look at f there"
+                    f"{self.name}.{operation}: f, or its derivative, is NaN or infinite{where}; look at f "
+                    "there"
                 )
         return found
 
@@ -181,7 +181,8 @@ class PulledMetric(Chart):
             flags = ~found.detach().isfinite().reshape(found.shape[0], -1).all(-1)
             if bool(flags.any()):
                 raise ManifoldError(
-                    f"{self.name}.{operation}: the metric is singular or f not finite{item_of(flags, self._batch(shape))}: "
+                    f"{self.name}.{operation}: the metric is singular or f not "
+                    f"finite{item_of(flags, self._batch(shape))}: "
                     "f loses rank there; give the argument damping, which adds ε⟨u, v⟩"
                 )
         return found

@@ -1,5 +1,4 @@
-"""Metrics on the outputs of a map: Euclidean, Fisher of a categorical or a Gaussian distribution, or a
-caller's own.
+"""Metrics on the outputs of a map: Euclidean, Fisher's of two distributions, or a caller's own.
 
 Two things describe a metric. `embed` maps outputs isometrically into a Euclidean space, where there is such a
 map in closed form: then everything is a matter of that composed map alone. Otherwise `vector` gives products
@@ -41,9 +40,7 @@ class OutputMetric:
         raise NotImplementedError
 
     def normal(self, embedded: Tensor, a: Tensor) -> Tensor:
-        """The part of an acceleration a (*batch, *out), in the embedding, that is tangent to the embedded
-        outputs.
-        """
+        """The part of an acceleration (*batch, *out) in the embedding that is tangent to its image."""
         return a
 
     def __repr__(self) -> str:
@@ -94,8 +91,7 @@ class Categorical(OutputMetric):
 
 
 class Gaussian(OutputMetric):
-    """The Fisher metric of independent normal distributions whose means and log standard deviations are the
-    output.
+    """The Fisher metric of normal distributions given by their means and log standard deviations.
 
     The last dimension holds n means μ and then n log standard deviations s: M = diag(exp(−2s), 2), because
     the Fisher metric is dμ² / σ² + 2 dσ² / σ² and ds = dσ / σ.
@@ -107,7 +103,8 @@ class Gaussian(OutputMetric):
         """(exp(−2s) v_μ, 2 v_s)."""
         if y.shape[-1] % 2:
             raise ManifoldError(
-                f"Pullback: the output metric gaussian got {y.shape[-1]} outputs; give n means and n log standard "
+                f"Pullback: the output metric gaussian got {y.shape[-1]} outputs; give n means and n log "
+                "standard "
                 "deviations along the last dimension"
             )
         _, log_deviation = y.chunk(2, -1)
@@ -150,5 +147,6 @@ def read_metric(metric: OutputMetricLike | OutputMetric) -> OutputMetric:
     if callable(metric):
         return Custom(metric)
     raise ManifoldError(
-        f"Pullback: output_metric is {metric!r}; it is None, one of {', '.join(named)}, or a function (y, v) -> M(y) v"
+        f"Pullback: output_metric is {metric!r}; it is None, one of {', '.join(named)}, or a function (y, "
+        "v) -> M(y) v"
     )

@@ -1,6 +1,4 @@
-"""Discretised paths: lengths of their segments without cancellation, energy, and its first and second
-derivatives.
-"""
+"""Discretised paths: lengths of segments without cancellation, energy, and its derivatives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from manifolds.pulled_back.derivatives import (
     derivative,
     push_all,
     push_symmetric,
+    reverse,
 )
 
 Weight = Callable[[Tensor, Tensor], Tensor]
@@ -86,9 +85,7 @@ def differences(
 def squared_segments(
     embedding: Embedding, path: Float[Tensor, "items nodes *point"]
 ) -> Float[Tensor, "items segments"]:
-    """The squared length of each segment: ⟨Δz, M(z̄) Δz⟩ with Δz the difference and z̄ the mean of its ends'
-    images.
-    """
+    """The squared length ⟨Δz, M(z̄) Δz⟩ of each segment, z̄ being the mean of its ends' images."""
     images = embedding.along(path)
     steps = differences(embedding, path, images)
     return (steps * embedding.weigh((images[:, 1:] + images[:, :-1]) / 2, steps)).sum(-1)
@@ -165,7 +162,7 @@ def dense_model(embedding: Embedding, path: Float[Tensor, "items nodes *point"])
 
 
 def _pulled(function: Map, x: Tensor, covector: Tensor) -> Tensor:
-    return torch.func.vjp(function, x)[1](covector)[0]
+    return reverse(function, x)[1](covector)
 
 
 def _weigh_rows(embedding: Embedding, z: Tensor, rows: Tensor) -> Tensor:
@@ -194,8 +191,7 @@ def _coloured(embedding: Embedding, path: Tensor, size: int) -> tuple[Tensor, Te
 def hessian_product(
     embedding: Embedding, path: Float[Tensor, "items nodes *point"]
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """The gradient of F at the inner nodes (items, inner·size), products with its Hessian, and with its
-    scale.
+    """The gradient of F (items, inner·size), products with its Hessian, and with the scale of that.
 
     The scale is the block diagonal of the Gauss–Newton matrix, which damping is measured in: 2 JᵀMJ at each
     node.
@@ -206,10 +202,10 @@ def hessian_product(
         return gradient(embedding, torch.cat([path[:, :1], nodes, path[:, -1:]], 1))
 
     at = embedding.linearize(inner)
-    level, turn = torch.func.vjp(slope, inner)  # the Hessian is symmetric: reverse mode gives its products
+    level, turn = reverse(slope, inner)  # the Hessian is symmetric: reverse mode gives its products
 
     def product(vector: Tensor) -> Tensor:
-        return turn(vector.reshape(inner.shape))[0].flatten(1)
+        return turn(vector.reshape(inner.shape)).flatten(1)
 
     def scale(vector: Tensor) -> Tensor:
         pushed = at.push(vector.reshape(inner.shape).flatten(0, 1).unsqueeze(1)).squeeze(1)

@@ -69,7 +69,7 @@ class Pullback(PulledMetric):
 
     retractions: ClassVar[dict[str, int]] = {"straight": 1}
     isometric: ClassVar[frozenset[str]] = frozenset()
-    metric_is_ambient: ClassVar[bool] = True
+    metric_is_ambient = True
     reversible = False
 
     # Geodesics by their equation
@@ -96,7 +96,7 @@ class Pullback(PulledMetric):
         (a, b), shape = self._flat("exponential", x, u)
         limit = torch.finfo(a.dtype).eps ** 0.75 if tolerance is None else tolerance
         found = exponential(
-            self.embedding(),
+            self.geometry(),
             a,
             b,
             tolerance=limit,
@@ -129,8 +129,10 @@ class Pullback(PulledMetric):
             return found.vector
         where = item_of(~found.converged, found.converged.shape)
         raise ManifoldError(
-            f"{self.name}.logmap: no geodesic was found{where} (largest residual {float(found.residual.max()):.1g}); the "
-            "points may be too far apart, or the metric singular: see geodesic, logarithm, or the argument damping"
+            f"{self.name}.logmap: no geodesic was found{where} (largest residual "
+            f"{float(found.residual.max()):.1g}); the "
+            "points may be too far apart, or the metric singular: see geodesic, logarithm, or the argument "
+            "damping"
         )
 
     def logarithm(
@@ -152,7 +154,7 @@ class Pullback(PulledMetric):
         limit = torch.finfo(a.dtype).eps ** 0.6 if tolerance is None else tolerance
         segments = self.steps if steps is None else counted(self.name, "steps", steps)
         found = logarithm(
-            self.embedding(), a, b, steps=segments, tolerance=limit, max_iterations=max_iterations
+            self.geometry(), a, b, steps=segments, tolerance=limit, max_iterations=max_iterations
         )
         batch = self._batch(shape)
         return Logarithm(
@@ -163,7 +165,7 @@ class Pullback(PulledMetric):
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """The vector at y whose image is nearest to that of v at x: G(y)⁻¹ J(y)ᵀ M(f(y)) J(x) v."""
         (a, b, c), shape = self._flat("transp", x, y, v)
-        embedding = self.embedding()
+        embedding = self.geometry()
         at = MetricAt(embedding, b)
         found = at.solve(at.pull(MetricAt(embedding, a).push(c)))
         return self._regular("transp", found, shape).reshape(shape)
@@ -177,7 +179,7 @@ class Pullback(PulledMetric):
         is left out. With another metric on the outputs the second derivative is the covariant one.
         """
         (a, b, c), shape = self._flat("second_fundamental_form", x, u, v)
-        found = second_form(self.embedding(damped=False), a, b, c)
+        found = second_form(self.geometry(damped=False), a, b, c)
         y = self._outputs(a)
         bend = self._regular("second_fundamental_form", found, shape).reshape(y.shape)
         if self.output_metric.embedded:
@@ -196,7 +198,7 @@ class Pullback(PulledMetric):
         """
         (a, b), shape = self._flat("curvature", x, v)
         bend = self.second_fundamental_form(a, b, b).flatten(1)
-        at = MetricAt(self.embedding(damped=False), a)
+        at = MetricAt(self.geometry(damped=False), a)
         pushed = at.push(b)
         speed = (pushed * at.embedding.weigh(at.at.value, pushed)).sum(-1)
         if at.embedding.weight is None:
@@ -208,18 +210,18 @@ class Pullback(PulledMetric):
 
     @operation
     def sectional_curvature(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """The intrinsic curvature of the metric in the plane of u and v (*batch), by Gauss's equation; with
-        damping.
+        """The intrinsic curvature (*batch) in the plane of u and v, by Gauss's equation; with damping.
 
         Raises:
             ManifoldError: the output metric has no Euclidean embedding.
         """
         if not self.output_metric.embedded:
             raise ManifoldError(
-                f"{self.name}.sectional_curvature: needs an output metric with a Euclidean embedding (euclidean, fisher)"
+                f"{self.name}.sectional_curvature: needs an output metric with a Euclidean embedding "
+                "(euclidean, fisher)"
             )
         (a, b, c), shape = self._flat("sectional_curvature", x, u, v)
-        found = sectional_curvature(self.embedding(), a, b, c)
+        found = sectional_curvature(self.geometry(), a, b, c)
         return self._over_items(self._regular("sectional_curvature", found, shape), shape, False)
 
     # Singular directions
@@ -235,8 +237,7 @@ class Pullback(PulledMetric):
         max_iterations: int = 50,
         generator: torch.Generator | None = None,
     ) -> SingularDirections:
-        """The k directions at each point that change the output most, with their singular values: an edit
-        basis.
+        """The k directions at each point that change the output most: an edit basis.
 
         They are the right singular vectors of M^½ J, without damping, by randomized block Krylov iteration;
         see `block_krylov`. Repeated and zero singular values are fine.
@@ -258,13 +259,14 @@ class Pullback(PulledMetric):
         size = point.numel()
         if not 1 <= k <= size:
             raise ManifoldError(
-                f"{self.name}.singular_directions: k is {k}; a point of shape {tuple(point)} has {size} directions, "
+                f"{self.name}.singular_directions: k is {k}; a point of shape {tuple(point)} has {size} "
+                "directions, "
                 f"so that k lies between 1 and {size}"
             )
         counted(self.name, "max_iterations", max_iterations)
         self._check_items("singular_directions", flat, shape)
         limit = torch.finfo(flat.dtype).eps ** 0.5 if tolerance is None else tolerance
-        embedding = self.embedding(damped=False)
+        embedding = self.geometry(damped=False)
         with torch.no_grad():
             at = Linearization(embedding.function, flat.detach(), embedding.mode)
             self._finite("singular_directions", at.value, shape)
@@ -280,9 +282,14 @@ class Pullback(PulledMetric):
             weighed = torch.func.vmap(lambda v: self.output_metric.vector(whole.value, v), 1, 1)(images)
             values = values + _first_order(safe_sqrt((images * weighed).flatten(2).sum(-1)))
         return SingularDirections(
-            values.reshape(*batch, k), vectors.reshape(*batch, k, *point), images.reshape(*batch, *images.shape[1:]),
-            found.converged.reshape(batch), found.angle.reshape(batch), found.residual.reshape(batch), iterations,
-        )  # fmt: skip
+            values=values.reshape(*batch, k),
+            vectors=vectors.reshape(*batch, k, *point),
+            images=images.reshape(*batch, *images.shape[1:]),
+            converged=found.converged.reshape(batch),
+            angle=found.angle.reshape(batch),
+            residual=found.residual.reshape(batch),
+            iterations=iterations,
+        )
 
     # Paths
 
@@ -348,7 +355,7 @@ class Pullback(PulledMetric):
             inner = plain(initial).detach().reshape(line.shape)[:, 1:-1]
             line = torch.cat([line[:, :1], inner, line[:, -1:]], 1)
         self._check_items("geodesic", a, shape)
-        embedding = self.embedding()
+        embedding = self.geometry()
         with torch.no_grad():
             self._finite("geodesic", embedding.along(line), shape)
             found = minimize_energy(embedding, line, tolerance=limit, max_iterations=max_iterations)
@@ -369,12 +376,13 @@ class Pullback(PulledMetric):
     def _segments(self, operation: str, path: Tensor) -> tuple[Tensor, torch.Size]:
         if path.ndim < self.ndim + 1 or path.shape[path.ndim - self.ndim - 1] < 2:
             raise ManifoldError(
-                f"{self.name}.{operation}: path has shape {tuple(path.shape)}; it is (*batch, nodes, *point) with at least "
+                f"{self.name}.{operation}: path has shape {tuple(path.shape)}; it is (*batch, nodes, "
+                "*point) with at least "
                 f"two nodes and points of {self.ndim} dimensions"
             )
         (flat,), shape = self._flat(operation, path)
         batch, nodes = self._batch(shape)[:-1], self._batch(shape)[-1]
-        squares = squared_segments(self.embedding(), flat.unflatten(0, (-1, nodes)))
+        squares = squared_segments(self.geometry(), flat.unflatten(0, (-1, nodes)))
         return self._finite(operation, squares, torch.Size((*batch, *shape[len(shape) - self.ndim :]))), batch
 
     def _ended(self, operation: str, found: Exponential) -> Exponential:
@@ -385,7 +393,8 @@ class Pullback(PulledMetric):
             return found
         raise ManifoldError(
             f"{self.name}.{operation}: the geodesic was not followed to its end"
-            f"{item_of(~found.converged, found.converged.shape)}; the metric may be singular on the way: give damping"
+            f"{item_of(~found.converged, found.converged.shape)}; the metric may be singular on the way: "
+            "give damping"
         )
 
 

@@ -43,9 +43,7 @@ class SingularDirections:
 
 @dataclass(frozen=True)
 class Ritz:
-    """The best k directions in a subspace: values (items, k), vectors (items, size, k), and how good they
-    are.
-    """
+    """The best k directions in a subspace, values (items, k) and vectors (items, size, k)."""
 
     values: Tensor
     vectors: Tensor

@@ -461,7 +461,7 @@ def test_exponential_of_the_sphere_by_rodrigues(batch):
 
 
 def test_exponential_of_the_hyperbolic_plane_through_a_gaussian():
-    """Fisher's metric of normal distributions: geodesic distance in closed form (Atkinson and Mitchell 1981)."""
+    """Fisher's metric of normal distributions: distance in closed form (Atkinson and Mitchell 1981)."""
     pull = Pullback(lambda x: x, "gaussian")
     x, y = (
         torch.tensor([[0.3, -0.2], [0.0, 0.0]], dtype=F64),
@@ -643,7 +643,7 @@ def test_damping_is_the_metric_of_the_map_with_its_input():
 
 @pytest.mark.parametrize("broken", [lambda x: x[0], lambda x: x.sum(), lambda x: (x, x), lambda x: x.long()])
 def test_maps_that_do_not_fit_are_refused(broken):
-    with pytest.raises(ManifoldError, match="f gave|gave"):
+    with pytest.raises(ManifoldError, match="gave"):
         Pullback(broken).energy(seeded(5, 3))
 
 
@@ -652,11 +652,11 @@ def test_refusals_say_what_is_wrong():
     x = seeded(4, 3)
     with pytest.raises(ManifoldError, match="k is 4"):
         pull.singular_directions(x, 4)
-    with pytest.raises(ManifoldError, match=r"y \(4, 2\)|shape"):
+    with pytest.raises(ManifoldError, match="shape"):
         pull.geodesic(x, x[:, :2])
     with pytest.raises(ManifoldError, match="NaN or infinite"):
         Pullback(lambda x: x.log()).energy(-x.abs())
-    with pytest.raises(ManifoldError, match="not finite|not on the manifold"):
+    with pytest.raises(ManifoldError, match="not on the manifold"):
         pull.norm(x * math.nan, x)
     with pytest.raises(ManifoldError, match="two nodes"):
         pull.length(x[:1])
