@@ -38,8 +38,9 @@ class Geometry:
             self.hessian = "exact" if own else "difference"
         else:
             self.hessian = "projection" if isinstance(self.manifold, EMBEDDED) else "difference"
-        self.inner = self._bare("inner")
-        self.transport = self._bare("transp")
+        ours = isinstance(self.manifold, Manifold)
+        self.inner = self._bare("inner") if ours else self._foreign_inner
+        self.transport = self._bare("transp") if ours else self._foreign_transport
         self.gradient = self._bare("egrad2rgrad")
         self._retr = self._bare("retr")
         self._ehess2rhess = self._bare("ehess2rhess") if self.hessian == "exact" else None
@@ -50,6 +51,15 @@ class Geometry:
         if getattr(function, "_is_operation", False):
             return partial(function.__wrapped__, self.manifold)
         return getattr(self.manifold, name)
+
+    def _foreign_inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """The inner product of geoopt (N); its hyperbolic ones have a right shape only with `keepdim`."""
+        product = self.manifold.inner(x, u, v, keepdim=True)
+        return product.reshape(product.shape[: product.ndim - self.ndim])
+
+    def _foreign_transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """The transport of geoopt; not all of them broadcast."""
+        return self.manifold.transp(x.expand_as(v), y.expand_as(v), v)
 
     def norm(self, x: Tensor, u: Tensor) -> Tensor:
         """‖u‖ at x (N)."""
@@ -85,7 +95,7 @@ class Geometry:
                 f"minimize: x0 has {count} entries that are NaN or infinite; start from finite points"
             )
         if isinstance(self.manifold, Manifold):
-            found = self.manifold.contains(x, tolerance=1e-6 if x.dtype == torch.float64 else 1e-3)
+            found = self.manifold.contains(x, tolerance=1e-5 if x.dtype == torch.float64 else 1e-3)
             ok, reason = bool(found), found.reason
         else:
             ok, reason = self.manifold.check_point_on_manifold(x, explain=True, atol=1e-4, rtol=1e-4)
@@ -116,4 +126,4 @@ def spread(scalars: Tensor, like: Tensor) -> Tensor:
 def finite(tensor: Tensor) -> Tensor:
     """Whether every entry of an item is finite (N); a sum that overflows counts as not."""
     total = tensor.flatten(1).sum(1) if tensor.ndim > 1 else tensor
-    return total - total == 0
+    return (total - total) == 0

@@ -123,7 +123,7 @@ def minimize(
         substitution = null.substitute(geometry.manifold, x)
         lift, geometry = substitution.lift, Geometry(substitution.manifold)
     start = x if null is None else substitution.start
-    start = start.reshape(batch.numel(), *start.shape[len(batch) :])
+    start = start.reshape(batch.numel(), *start.shape[len(batch) :]).contiguous()
     problem = Problem(f, geometry, batch, residuals=chosen.residuals, egrad=egrad, ehess=ehess, lift=lift)
     for name, given in (("step_tolerance", step_tolerance), ("value_tolerance", value_tolerance)):
         _check(given >= 0, f"{name} is {given}; it is not negative")

@@ -52,6 +52,7 @@ class Problem:
         ehess: the Euclidean Hessian-vector product (x, u) ↦ ∇²f u, in place of differentiation. Without it an
             `egrad` that cannot be differentiated gets its Hessian by differences, as `Geometry` does in
         general. lift: the substitution v ↦ x under which the solver sees f; identity if not given.
+        penalty: a function of one value an item that is added, with its full Hessian also where f gives residuals.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Problem:
         egrad: Callable[[Tensor], Tensor] | None = None,
         ehess: Callable[[Tensor, Tensor], Tensor] | None = None,
         lift: Callable[[Tensor], Tensor] | None = None,
+        penalty: "Problem | None" = None,
     ) -> None:
-        self.lift = lift
+        self.lift, self.penalty = lift, penalty
         self.f, self.geometry, self.batch = f, geometry, batch
         self.residuals, self.egrad, self.ehess = residuals, egrad, ehess
         self.first: Tensor | None = None
@@ -93,7 +95,23 @@ class Problem:
         egrad = torch.where(spread(seen, egrad), egrad, 0)
         gradient = self.geometry.gradient(x, egrad)
         look = Look(x, value, egrad, gradient, self.geometry.norm(x, gradient), seen, None)
-        return replace(look, product=self._product(look, product)) if curvature else look
+        look = replace(look, product=self._product(look, product)) if curvature else look
+        return look if self.penalty is None else self._add(look, self.penalty.look(x, curvature=curvature))
+
+    def _add(self, one: Look, other: Look) -> Look:
+        """What is seen of the sum of two functions."""
+        first, second = one.product, other.product
+        both = None if first is None or second is None else lambda u: first(u) + second(u)
+        gradient = one.gradient + other.gradient
+        return Look(
+            one.x,
+            one.value + other.value,
+            one.egrad + other.egrad,
+            gradient,
+            self.geometry.norm(one.x, gradient),
+            one.finite & other.finite,
+            both,
+        )
 
     def _product(self, look: Look, product: Product | None) -> Product:
         x, geometry = look.x, self.geometry

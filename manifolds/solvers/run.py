@@ -98,7 +98,7 @@ def tolerance(given: Tensor | None, look: Look) -> Tensor:
     """The tolerance of each item (N): as given, or relative to its first gradient, but not below that one's rounding."""
     if given is not None:
         return given
-    rounding = 50 * torch.finfo(look.norm.dtype).eps * torch.linalg.vector_norm(look.egrad.flatten(1), dim=1)
+    rounding = 50 * torch.finfo(look.norm.dtype).eps * torch.linalg.vector_norm(look.egrad.unsqueeze(-1).flatten(1), dim=1)
     return RELATIVE_TOLERANCE.get(look.norm.dtype, 1e-4) * look.norm + rounding
 
 

@@ -1,6 +1,5 @@
 """Minimisation inside a ball, by the augmented Lagrangian."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,7 +120,7 @@ def minimize_in_ball(method: Method[Any], problem: Problem, x: Tensor, limits: L
 
 
 def _augmented(problem: Problem, ball: Ball, multiplier: Tensor, force: Tensor) -> Problem:
-    """The function f + ρ/2 max(0, c + λ/ρ)², or for residuals one more residual, ρ^½ max(0, c + λ/ρ)."""
+    """The function f + ρ/2 max(0, c + λ/ρ)²."""
     batch = problem.batch
 
     def excess(x: Tensor) -> Tensor:
@@ -131,16 +130,13 @@ def _augmented(problem: Problem, ball: Ball, multiplier: Tensor, force: Tensor) 
         far = torch.where(spread(idle.reshape(batch), x), x.detach(), x)
         return torch.where(idle, 0, ball.measure_shown(far) + multiplier / force)
 
-    def value(x: Tensor) -> Tensor:
-        more = (force * excess(x) ** 2 / 2).reshape(batch)
-        return problem.f(x) + more
+    def penalty(x: Tensor) -> Tensor:
+        return (force * excess(x) ** 2 / 2).reshape(batch)
 
-    def residuals(x: Tensor) -> Tensor:
-        more = (force.sqrt() * excess(x)).reshape(batch)
-        return torch.cat([problem.f(x), more.unsqueeze(-1)], dim=-1)
-
-    f: Callable[[Tensor], Tensor] = residuals if problem.residuals else value
-    return Problem(f, problem.geometry, batch, residuals=problem.residuals, lift=problem.lift)
+    more = Problem(penalty, problem.geometry, batch, lift=problem.lift)
+    return Problem(
+        problem.f, problem.geometry, batch, residuals=problem.residuals, lift=problem.lift, penalty=more
+    )
 
 
 def _lagrangian(problem: Problem, ball: Ball, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ class TestNullSpace:
         m, n, k = 4, 6, 2
         eye = torch.eye(m).double()
         hessian = torch.kron(eye, self.inputs @ self.inputs.mT)
-        border = torch.kron(eye, self.keys.mT)
+        border = torch.kron(eye, self.keys.mT.contiguous())
         system = torch.cat([
             torch.cat([hessian, border.mT], dim=1), torch.cat([border, torch.zeros(m * k, m * k).double()], dim=1)
         ])  # fmt: skip
@@ -96,7 +96,7 @@ class TestNullSpace:
         with pytest.raises(ManifoldError, match="fewer than the rank 3"):
             manifold = FixedRank(5, 6)
             minimize(
-                lambda x: x.sum((-1, -2)), manifold.random(11, 3).double(), manifold,
+                lambda x: x.sum((-1, -2)), manifold.random(11, 3, dtype=torch.float64), manifold,
                 constraint=NullSpace(normal(6, 4)),
             )  # fmt: skip
         with pytest.raises(ManifoldError, match=r"keys have 5 rows.*6 columns"):
@@ -127,7 +127,7 @@ class TestTrustBall:
     @pytest.mark.parametrize("method", [*METHODS, "gauss-newton"])
     def test_a_quadratic_keeps_the_kkt_conditions(self, method: str) -> None:
         a, b = normal(6, 9, 4, seed=12), 3 * normal(6, 9, seed=13)
-        radius = torch.linspace(0.2, 3.0, 6, dtype=torch.float64)
+        radius = torch.linspace(0.2, 6.0, 6, dtype=torch.float64)
 
         def residuals(x: Tensor) -> Tensor:
             return (a @ x.unsqueeze(-1)).squeeze(-1) - b
