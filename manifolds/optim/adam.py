@@ -19,24 +19,28 @@ class RiemannianAdam(RiemannianOptimizer):
 
     with the manifold's retraction R and transport T.
 
-    Why one number per point. Adam divides each coordinate by its own root mean square. On a manifold there are no
-    coordinates to speak of: dividing the entries of a tangent matrix one by one leaves the tangent space, and its
-    result depends on the basis of the surrounding space. ⟨r, r⟩_x is the squared norm of the differential df in
-    the manifold's own metric. It does not depend on coordinates, is the same along isometries, and needs no transport.
-    It is right for every metric, as r already is the gradient in that metric: on Stiefel with the canonical
-    metric, ⟨r, r⟩_x = ⟨df, r⟩ holds as it does with the Euclidean one. The learning rate then is a length: a step is
-    about η long in the metric (radians on the sphere), whatever the size of the point.
+    Why one number per point. Adam divides each coordinate by its own root mean square. On a manifold there
+    are no coordinates to speak of: dividing the entries of a tangent matrix one by one leaves the tangent
+    space, and its result depends on the basis of the surrounding space. ⟨r, r⟩_x is the squared norm of the
+    differential df in the manifold's own metric. It does not depend on coordinates, is the same along
+    isometries, and needs no transport. It is right for every metric, as r already is the gradient in that
+    metric: on Stiefel with the canonical metric, ⟨r, r⟩_x = ⟨df, r⟩ holds as it does with the Euclidean
+    one. The learning rate then is a length: a step is about η long in the metric (radians on the
+    sphere), whatever the size of the point.
 
-    A plain tensor is a product of real lines, one per entry, so that the same rule is the usual Adam there. The
-    components of a product manifold have a number each.
+    A plain tensor is a product of real lines, one per entry, so that the same rule is the usual Adam there.
+    The components of a product manifold have a number each.
 
     Options shared by all optimizers here:
 
-    - Parameters that are `geoopt.ManifoldParameter` move on their manifold, ours or geoopt's; others are Euclidean.
-    - `foreach` stacks parameters of equal shape, dtype, device, manifold and age into one batch (default: on).
+    - Parameters that are `geoopt.ManifoldParameter` move on their manifold, ours or geoopt's; others are
+      Euclidean.
+    - `foreach` stacks parameters of equal shape, dtype, device, manifold and age into one batch (default:
+      on).
     - Half-precision parameters have states in float32 and are stepped in float32.
     - `max_norm` clips the group's gradient in the metric before the step, see `clip_grad_norm_`.
-    - `stabilize=k` projects the points onto the manifold, and the moments into the tangent space, every k steps.
+    - `stabilize=k` projects the points onto the manifold, and the moments into the tangent space, every k
+      steps.
     - `nonfinite="skip"` leaves out the step of a group that has a gradient with NaN or infinity, and logs it;
       `"raise"` (default) raises. Either way nothing is half-written.
     - `capturable`, `differentiable` and `fused` are not possible and raise, with the reason.
@@ -46,15 +50,18 @@ class RiemannianAdam(RiemannianOptimizer):
         lr: η, the length of a step.
         betas: β₁ and β₂.
         eps: ε, keeps the division finite.
-        weight_decay: λ. Adds λx to the Euclidean gradient; where ‖x‖ is constant, as on the sphere, that does nothing.
+        weight_decay: λ. Adds λx to the Euclidean gradient; where ‖x‖ is constant, as on the sphere, that
+            does nothing.
         amsgrad: divides by the largest v so far.
         decoupled_weight_decay: adds −ηλ times the gradient of ‖x‖²/2 to the step instead (AdamW).
         maximize: climbs.
 
     Raises:
-        ManifoldError: an option out of range, a point off its manifold, a sparse, complex or non-finite gradient.
+        ManifoldError: an option out of range, a point off its manifold, a sparse, complex or non-finite
+            gradient.
 
-    Source: Bécigneul and Ganea, "Riemannian Adaptive Optimization Methods" (2019); Kingma and Ba, "Adam" (2015).
+    Source: Bécigneul and Ganea, "Riemannian Adaptive Optimization Methods" (2019); Kingma and Ba,
+    "Adam" (2015).
 
     Example:
         >>> import geoopt, torch

@@ -1,7 +1,7 @@
-"""What the Riemannian optimizers share: which parameter lives where, equal parameters in one batch, checks before a step.
+"""What the Riemannian optimizers share: where parameters live, equal ones in one batch, checks before a step.
 
-A subclass gives `_advance`, a function of one batch of points. Everything around it is written once here: closures,
-parameter groups, the checks of gradients, clipping, stacking, writing back, and saving to the bit.
+A subclass gives `_advance`, a function of one batch of points. Everything around it is written once here:
+closures, parameter groups, the checks of gradients, clipping, stacking, writing back, and saving to the bit.
 """
 
 import logging
@@ -22,15 +22,16 @@ from manifolds.optim.gradients import clip_scale, refuse_nonfinite
 
 log = logging.getLogger(__name__)
 LINE = geoopt.Euclidean(ndim=0)
-"""Where plain tensors live: every entry is a point of the real line, so that a scalar per point is one per entry."""
+"""Where plain tensors live: every entry is a point of the real line, so that a scalar per point is one per
+entry."""
 STACK_LIMIT = 2**24
 """The most entries that one stacked batch holds; larger ones are cut, so that the copies stay small."""
 BLOCK = 2**16
 """How many entries of a batch are stepped at a time on a CPU."""
 IMPOSSIBLE = {
-    "capturable": "the check of the gradients reads one number back from the device, which no CUDA graph can record",
-    "differentiable": "steps are taken in place and leave no graph; manifolds.minimize works on functions instead",
-    "fused": "there is no fused kernel for steps on manifolds; foreach stacks equal parameters into one batch",
+    "capturable": "the check of the gradients reads a number back from the device, which no graph can record",
+    "differentiable": "steps are taken in place and leave no graph; see manifolds.minimize",
+    "fused": "no kernel is there for steps on manifolds; foreach stacks equal parameters",
 }
 
 
@@ -49,11 +50,16 @@ class Entry:
         return widened(plain(self.parameter.detach()))
 
     @property
+    def grad(self) -> Tensor:
+        """What lies in the parameter's `grad`."""
+        if self.parameter.grad is None:
+            raise ManifoldError(f"parameter {self.name} has no gradient; call backward() first")
+        return self.parameter.grad
+
+    @property
     def gradient(self) -> Tensor:
         """The gradient of the loss to minimise; half precision in float32."""
-        grad = self.parameter.grad
-        assert grad is not None
-        gradient = widened(plain(grad.detach()))
+        gradient = widened(plain(self.grad.detach()))
         return -gradient if self.group["maximize"] else gradient
 
 
@@ -79,7 +85,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     ) -> None:
         shared = {
             "maximize": maximize, "foreach": foreach, "stabilize": stabilize, "max_norm": max_norm,
-            "nonfinite": nonfinite, "capturable": capturable, "differentiable": differentiable, "fused": fused,
+            "nonfinite": nonfinite, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused,
         }  # fmt: skip
         super().__init__(params, {**defaults, **shared})
 
@@ -109,7 +116,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     def _advance(
         self, manifold: Any, x: Tensor, g: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The next points and states of one batch, from points, Euclidean gradients and states (may be reused)."""
+        """The next points and states of one batch, from points, Euclidean gradients and states."""
         raise NotImplementedError
 
     # torch's interface
@@ -127,15 +134,15 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
 
         Args:
             closure: computes the loss anew and fills the gradients; its value is returned.
 
         Raises:
-            ManifoldError: a closure's loss that is no scalar, a sparse gradient, or one that is not finite (the
-                parameter is named; nothing has been changed).
+            ManifoldError: a closure's loss that is no scalar, a sparse gradient, or one that is not finite
+                (the parameter is named; nothing has been changed).
         """
         loss = None
         if closure is not None:
@@ -143,7 +150,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                 loss = closure()
             if isinstance(loss, Tensor) and loss.numel() != 1:
                 raise ManifoldError(
-                    f"{type(self).__name__}.step: the closure returned a tensor of shape {tuple(loss.shape)}; "
+                    f"{type(self).__name__}.step: the closure returned shape {tuple(loss.shape)}; "
                     "it returns one number"
                 )
         with torch.no_grad(), unchecked():
@@ -165,7 +172,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                         state[key].copy_(entry.manifold.proju(x, state[key]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, to the bit: states keep their dtype, also where parameters are half precision."""
+        """Loads what `state_dict` gave, to the bit; states keep their own dtype."""
         found: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(lambda _, given: found.update(given))
         try:
@@ -188,25 +195,25 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             yield Entry(parameter, manifold, group, name)
 
     def _ready(self) -> list[tuple[list[Entry], Tensor | None]]:
-        """The parameters with gradients, group by group, with the factor that clips them; all checked before any step."""
+        """The parameters with gradients, group by group, checked, with the factor that clips them."""
         ready = []
         for number, group in enumerate(self.param_groups):
             entries = [e for e in self._entries(group, number) if e.parameter.grad is not None]
             for entry in entries:
-                if entry.parameter.grad.layout != torch.strided:
+                if entry.grad.layout != torch.strided:
                     raise ManifoldError(
-                        f"{type(self).__name__}: the gradient of parameter {entry.name} is sparse; steps on manifolds "
-                        "move whole points: ask the layer for dense gradients (sparse=False)"
+                        f"{type(self).__name__}: the gradient of {entry.name} is sparse; "
+                        "steps on manifolds move whole points: ask the layer for dense gradients (sparse=False)"
                     )
             ready.append(entries)
-        bad = refuse_nonfinite([(e.name, e.parameter.grad) for entries in ready for e in entries])
+        bad = refuse_nonfinite([(e.name, e.grad) for entries in ready for e in entries])
         kept = []
         for entries in ready:
             named = [entry.name for entry in entries if entry.name in bad]
             if named and entries[0].group["nonfinite"] == "raise":
                 raise ManifoldError(
-                    f"{type(self).__name__}: the gradient of parameter {named[0]} is not finite ({bad[named[0]]} entries); "
-                    "nothing was changed. nonfinite='skip' leaves out such a step of the group"
+                    f"{type(self).__name__}: the gradient of parameter {named[0]} "
+                    f"is not finite ({bad[named[0]]} entries); nothing was changed. nonfinite='skip' leaves out such a step of the group"
                 )
             if named:
                 log.warning(
@@ -223,7 +230,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         return clip_scale([(e.manifold, e.point, e.gradient) for e in entries], limit)[1]
 
     def _batches(self, entries: list[Entry]) -> list[list[Entry]]:
-        """Parameters of equal shape, dtype, device, manifold and age together, if `foreach`; one by one if not."""
+        """Parameters of equal shape, dtype, device, manifold and age together; one by one without `foreach`."""
         if not entries or entries[0].group["foreach"] is False:
             return [[entry] for entry in entries]
         found: dict[Any, list[list[Entry]]] = {}
@@ -268,7 +275,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             state["step"] = step
 
     def _blocks(self, manifold: Any, x: Tensor) -> list[Any]:
-        """Slices of a batch that are stepped one after the other: on a CPU, what fits into its cache, else all of it.
+        """Slices of a batch that are stepped one after the other: on a CPU, what fits its cache.
 
         A step passes over its tensors some ten times; a block stays in the cache for all of them.
         """
@@ -287,8 +294,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         parameter, name = entry.parameter, type(self).__name__
         if not parameter.is_floating_point():
             raise ManifoldError(
-                f"{name}: parameter {entry.name} has dtype {parameter.dtype}; points are real floating-point tensors "
-                "(view a complex one as real)"
+                f"{name}: parameter {entry.name} has dtype {parameter.dtype}; points are "
+                "real floating-point tensors (view a complex one as real)"
             )
         if entry.manifold is LINE:
             return
@@ -311,7 +318,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
 
 def same_manifold(manifold: Any) -> Any:
-    """A key that two manifolds share only if they are the same one: by class and settings, else by identity."""
+    """A key that two manifolds share only if they are the same: by class and settings, or by identity."""
     learned = list(manifold.parameters()) or list(manifold.buffers()) or list(manifold.children())
     settings = {k: v for k, v in vars(manifold).items() if not k.startswith("_") and k != "training"}
     told = all(isinstance(v, bool | int | float | str | tuple | type(None)) for v in settings.values())

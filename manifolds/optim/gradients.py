@@ -17,9 +17,9 @@ from manifolds.operations import unchecked, widened
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """Scales the gradients of all parameters together so that their norm in the metric is at most `max_norm`.
 
-    The norm of a covector df is that of its Riemannian gradient, ‖df‖ = ‖grad f‖_x; over several parameters it is the
-    root of the sum of squares. Conversion of gradients is linear, so scaling the Euclidean gradient scales the
-    Riemannian one. What points off the tangent space does not count. Plain tensors are Euclidean, as in
+    The norm of a covector df is that of its Riemannian gradient, ‖df‖ = ‖grad f‖_x; over several parameters
+    it is the root of the sum of squares. Conversion of gradients is linear, so scaling the Euclidean
+    gradient scales the Riemannian one. What points off the tangent space does not count. Plain tensors are Euclidean, as in
     `torch.nn.utils.clip_grad_norm_`.
 
     Args:
@@ -30,7 +30,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         The norm before clipping, a scalar tensor.
 
     Raises:
-        ManifoldError: `max_norm` is not positive, or a gradient is sparse or not finite; nothing is changed then.
+        ManifoldError: `max_norm` is not positive, or a gradient is sparse or not finite; nothing is changed
+            then.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not max_norm > 0:
@@ -49,12 +50,12 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         raise ManifoldError(
             f"clip_grad_norm_: the gradient of parameter {name} has {count} entries that are not finite"
         )
-    points = [
+    points: list[tuple[Any, Tensor, Tensor]] = [
         (
             p.manifold if isinstance(p, ManifoldTensor) else geoopt.Euclidean(),
             widened(plain(p.detach())),
-            widened(plain(p.grad)),
-        )  # type: ignore[arg-type]
+            widened(plain(p.grad)),  # type: ignore[arg-type]
+        )
         for _, p in with_gradient
     ]
     with unchecked():
@@ -65,7 +66,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
 
 
 def clip_scale(points: Sequence[tuple[Any, Tensor, Tensor]], max_norm: float) -> tuple[Tensor, Tensor]:
-    """The norm of the gradients of (manifold, point, Euclidean gradient), and the factor ≤ 1 that brings it down."""
+    """The norm of gradients at (manifold, point, Euclidean gradient), and the factor that brings it down."""
     device = points[0][1].device
     squares = []
     for manifold, x, g in points:
@@ -76,10 +77,10 @@ def clip_scale(points: Sequence[tuple[Any, Tensor, Tensor]], max_norm: float) ->
 
 
 def refuse_nonfinite(gradients: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
-    """The names of gradients that are not finite, with their number of bad entries. Reads one number from the device.
+    """The names of gradients that are not finite, with their number of bad entries.
 
-    The sum of the norms is finite only if all entries are. Where it is not, huge entries may have overflowed, so that
-    each gradient is then looked at by itself.
+    The sum of the norms is finite only if all entries are. Where it is not, huge entries may have
+    overflowed, so that each gradient is then looked at by itself.
     """
     if not gradients:
         return {}

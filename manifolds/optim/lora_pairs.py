@@ -29,10 +29,10 @@ class Pair:
 def lora_pairs(module: nn.Module, adapter: str | None = None) -> list[Pair]:
     """The trainable LoRA pairs of a module, in the order of its submodules.
 
-    A submodule has pairs if it has `lora_A` and `lora_B` (or `lora_embedding_A` and `lora_embedding_B`): dictionaries by
-    adapter, single layers, or parameters; with A of shape (r, in, …) and B of shape (out, r, 1, …), r no larger than either side. `scaling` is read
-    from the submodule where it has one. Pairs that are frozen, in part or whole, and factors that several submodules
-    share are left out.
+    A submodule has pairs if it has `lora_A` and `lora_B` (or `lora_embedding_A` and `lora_embedding_B`):
+    dictionaries by adapter, single layers, or parameters; with A of shape (r, in, …) and B of shape (out,
+    r, 1, …), r no larger than either side. `scaling` is read from the submodule where it has one. Pairs
+    that are frozen, in part or whole, and factors that several submodules share are left out.
 
     Args:
         module: a PEFT model or any other module.
@@ -66,16 +66,15 @@ def _pairs_of(name: str, part: nn.Module, adapter: str | None) -> Iterator[Pair]
 
 def _by_adapter(holder: object) -> dict[str, nn.Parameter]:
     """The weights of a dictionary by its keys; of a single layer or parameter under the empty key."""
+    items: list[tuple[str, object]] = [("", holder)]
     if isinstance(holder, nn.ModuleDict | nn.ParameterDict):
         items = list(holder.items())
-    else:
-        items = [("", holder)]
     weights = {key: getattr(item, "weight", item) for key, item in items}
     return {key: weight for key, weight in weights.items() if isinstance(weight, nn.Parameter)}
 
 
 def _fit(left: Tensor, right: Tensor) -> bool:
-    """Whether B A is a product of matrices of rank at most r; the kernel of B, if it has one, must have size one."""
+    """Whether B A is a product of matrices of rank at most r; a kernel of B must have size one."""
     return (
         left.ndim >= 2
         and right.ndim >= 2

@@ -41,13 +41,13 @@ class LowRankAdam(RiemannianAdam):
     nearest matrix of rank r is defined there, as the usual retractions are not. Directions that W loses
     later come back in the same way.
 
-    In the model the factors are overwritten: A keeps orthogonal rows of equal length (its mean length before) that are
-    turned as little as they can be, and B holds the rest. Half-precision factors have float32 copies in the state, from
-    which they are rounded.
+    In the model the factors are overwritten: A keeps orthogonal rows of equal length (its mean length
+    before) that are turned as little as they can be, and B holds the rest. Half-precision factors have
+    float32 copies in the state, from which they are rounded.
 
-    Every other trainable parameter of the module (biases, DoRA's magnitudes, `modules_to_save`, pairs of which one is
-    frozen) is in a second group and gets AdamW's steps, with `plain_lr`. `param_groups[0]` holds the pairs, as B and A
-    in turn; groups can be given other options there.
+    Every other trainable parameter of the module (biases, DoRA's magnitudes, `modules_to_save`, pairs of
+    which one is frozen) is in a second group and gets AdamW's steps, with `plain_lr`. `param_groups[0]`
+    holds the pairs, as B and A in turn; groups can be given other options there.
 
     Args:
         module: a PEFT model, or any module with LoRA pairs; see `lora_pairs` for how they are found.
@@ -63,8 +63,8 @@ class LowRankAdam(RiemannianAdam):
     Raises:
         ManifoldError: no pair is found; an option out of range; a sparse or non-finite gradient.
 
-    Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013), for the geometry; Zhang
-    and Pilanci, "Riemannian Preconditioned LoRA" (2024).
+    Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013), for the geometry;
+    Zhang and Pilanci, "Riemannian Preconditioned LoRA" (2024).
     """
 
     tangents: ClassVar[tuple[str, ...]] = ()
@@ -85,14 +85,14 @@ class LowRankAdam(RiemannianAdam):
         if not pairs:
             which = "" if adapter is None else f" of the adapter {adapter!r}"
             raise ManifoldError(
-                f"LowRankAdam: {type(module).__name__} has no trainable LoRA pair{which}; looked for submodules with lora_A and "
-                "lora_B (or lora_embedding_A and lora_embedding_B) whose weights of shapes (r, in) and (out, r) both "
-                "require gradients"
+                f"LowRankAdam: {type(module).__name__} has no trainable LoRA pair{which}; looked for "
+                "submodules with lora_A and lora_B (or lora_embedding_A and lora_embedding_B) whose weights "
+                "of shapes (r, in) and (out, r), r at most in and out, both require gradients"
             )
         factors = [(f"{p.name}.{side}", f) for p in pairs for side, f in (("B", p.left), ("A", p.right))]
         taken = {id(factor) for _, factor in factors}
         others = [(n, p) for n, p in module.named_parameters() if p.requires_grad and id(p) not in taken]
-        groups = [{"params": factors, "scalings": tuple(p.scaling for p in pairs)}]
+        groups: list[dict[str, Any]] = [{"params": factors, "scalings": tuple(p.scaling for p in pairs)}]
         if others:
             groups.append({"params": others, "scalings": None, "lr": plain_lr})
         super().__init__(groups, lr, betas, eps, weight_decay, decoupled_weight_decay=True, **shared)
@@ -125,7 +125,7 @@ class LowRankAdam(RiemannianAdam):
             if not {id(left), id(right)} & active:
                 continue
             age = self.state[left].get("step", 0) if left in self.state else 0
-            key = (left.shape, right.shape, left.dtype, left.device, age)
+            key: tuple[Any, ...] = (left.shape, right.shape, left.dtype, left.device, age)
             key = (*key, index) if group["foreach"] is False else key
             found.setdefault(key, []).extend((named[id(left)], named[id(right)]))
         return list(found.values())
@@ -244,9 +244,7 @@ def pair_step(
     return new_left, new_right, *sides
 
 
-def carry(
-    states: tuple[dict[str, Tensor], dict[str, Tensor]], u: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
+def carry(states: tuple[dict[str, Tensor], dict[str, Tensor]], u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """M V and MᵀU of the tangent matrix M in the states, by frames U and V that may be new."""
     (old_x, old_u), (old_y, old_v) = ((side["exp_avg"], side["frame"]) for side in states)
     turn_u, turn_v, within = old_u.mT @ u, old_v.mT @ v, old_u.mT @ old_x

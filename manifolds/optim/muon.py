@@ -23,21 +23,22 @@ ADJUSTMENTS = ("original", "match_rms_adamw")
 class RiemannianMuon(RiemannianOptimizer):
     """Steps whose length is a spectral norm: every singular direction of the step is used to the full.
 
-    The momentum b ← T(μ b + (1 − μ) r) of the gradient r, looked ahead with `nesterov` to μ b + (1 − μ) r, is turned
-    into a direction A, and x ← R_x(−η A). What A is depends on where the parameter lives:
+    The momentum b ← T(μ b + (1 − μ) r) of the gradient r, looked ahead with `nesterov` to μ b + (1 − μ) r,
+    is turned into a direction A, and x ← R_x(−η A). What A is depends on where the parameter lives:
 
-    - A plain matrix gets Muon's own step, A ≈ U Vᵀ of b = U Σ Vᵀ by Newton–Schulz rounds, scaled by (max(1, m/n))^½
-      ("original") or 0.2 (max(m, n))^½ ("match_rms_adamw"). Leading dimensions are a batch of matrices.
-    - A point W of Stiefel, of the orthogonal group or of Grassmann gets manifold Muon: the tangent A with ‖A‖₂ ≤ 1 and
-      the largest ⟨b, A⟩; see `stiefel_direction`. It depends on the differential and the spectral norm alone, so that
-      the Euclidean and the canonical metric give the same step. Where W is square, and on Grassmann, where WᵀA = 0,
-      it is the orthogonal factor at once.
-    - A point L Rᵀ of fixed rank r gets Riemannion: b, a matrix of rank 2r, is replaced by its orthogonal factor U Vᵀ,
-      which is projected onto the tangent space. Nothing of size m×n is formed, and the step does not depend on how
-      W is split into L and R.
+    - A plain matrix gets Muon's own step, A ≈ U Vᵀ of b = U Σ Vᵀ by Newton–Schulz rounds, scaled by
+      (max(1, m/n))^½ ("original") or 0.2 (max(m, n))^½ ("match_rms_adamw"). Leading dimensions are
+      a batch of matrices.
+    - A point W of Stiefel, of the orthogonal group or of Grassmann gets manifold Muon: the tangent A with
+      ‖A‖₂ ≤ 1 and the largest ⟨b, A⟩; see `stiefel_direction`. It depends on the differential and the
+      spectral norm alone, so that the Euclidean and the canonical metric give the same step. Where W
+      is square, and on Grassmann, where WᵀA = 0, it is the orthogonal factor at once.
+    - A point L Rᵀ of fixed rank r gets Riemannion: b, a matrix of rank 2r, is replaced by its orthogonal
+      factor U Vᵀ, which is projected onto the tangent space. Nothing of size m×n is formed, and the step
+      does not depend on how W is split into L and R.
 
-    Moments are carried by orthogonal projection onto the new tangent space. The learning rate is the spectral norm of
-    a step.
+    Moments are carried by orthogonal projection onto the new tangent space. The learning rate is the
+    spectral norm of a step.
 
     Args:
         params: parameters, or groups of them; matrices.
@@ -54,8 +55,8 @@ class RiemannianMuon(RiemannianOptimizer):
     The other options are those of `RiemannianAdam`.
 
     Raises:
-        ManifoldError: a parameter that is no matrix or lives on a manifold without such a step; an option out of range; a
-            sparse, complex or non-finite gradient.
+        ManifoldError: a parameter that is no matrix or lives on a manifold without such a step; an option
+            out of range; a sparse, complex or non-finite gradient.
 
     Source: Jordan et al., "Muon" (2024); Bernstein, "Modular Manifolds" (2025); Bogachev et al., "LoRA meets
     Riemannion" (2025).
@@ -97,8 +98,8 @@ class RiemannianMuon(RiemannianOptimizer):
         kind_of(entry.manifold)
         if entry.parameter.ndim < 2:
             raise ManifoldError(
-                f"RiemannianMuon: parameter {entry.name} has shape {tuple(entry.parameter.shape)}; it moves matrices: "
-                "give vectors and numbers to RiemannianAdam"
+                f"RiemannianMuon: parameter {entry.name} has shape {tuple(entry.parameter.shape)}; "
+                "it moves matrices: give vectors and numbers to RiemannianAdam"
             )
 
     def _point_dims(self, manifold: Any) -> int:
@@ -151,14 +152,15 @@ def kind_of(manifold: Any) -> str:
     if isinstance(manifold, (Stiefel, SpecialOrthogonal, geoopt.EuclideanStiefel)):
         return "orthonormal"
     raise ManifoldError(
-        f"RiemannianMuon has no step on {manifold}; it has steps for plain matrices, Stiefel, SpecialOrthogonal, Grassmann "
-        "and FixedRank, and geoopt's EuclideanStiefel (the retraction of its default Stiefel is not first order). "
+        f"RiemannianMuon has no step on {manifold}; it has steps for plain matrices, Stiefel, "
+        "SpecialOrthogonal, Grassmann and FixedRank, and geoopt's EuclideanStiefel (the retraction of its "
+        "default Stiefel is not first order). "
         "RiemannianAdam moves on every manifold"
     )
 
 
 def tangent_gradient(kind: str, manifold: Any, x: Tensor, g: Tensor) -> Tensor:
-    """The tangent vector that stands for the differential: by the Euclidean metric, whatever the manifold's is."""
+    """The tangent vector that stands for the differential by the Euclidean metric."""
     if kind == "orthonormal":
         return g - x @ sym(x.mT @ g)
     if kind == "horizontal":

@@ -17,7 +17,8 @@ from manifolds.low_rank import LowRank
 from manifolds.matrix_functions import skew, sym
 
 JORDAN = (3.4445, -4.7750, 2.0315)
-"""Keller Jordan's coefficients: steepest at zero; singular values end between 0.7 and 1.2 after five rounds."""
+"""Keller Jordan's coefficients: steepest at zero; singular values end between 0.7 and 1.2 after five
+rounds."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def newton_schulz(
 ) -> Float[Tensor, "*batch m n"]:
     """The orthogonal factor U Vᵀ of a matrix, roughly, by products only.
 
-    Formula: X ← a X + b X XᵀX + c X (XᵀX)², begun with X = G / ‖G‖_F. With Jordan's coefficients the singular values
-    do not converge to one but stay around it, which is all that a step needs.
+    Formula: X ← a X + b X XᵀX + c X (XᵀX)², begun with X = G / ‖G‖_F. With Jordan's coefficients the
+    singular values do not converge to one but stay around it, which is all that a step needs.
 
     Args:
         matrix: G.
@@ -75,20 +76,20 @@ def stiefel_direction(
 ) -> StiefelDirection:
     """The tangent A at W (WᵀW = I) with ‖A‖₂ ≤ 1 that maximises ⟨G, A⟩: "manifold Muon".
 
-    With K = skew(WᵀG), N = (I − WWᵀ)G and a symmetric multiplier Λ for the condition sym(WᵀA) = 0, the dual problem
-    is to minimise the nuclear norm ‖W(K + Λ) + N‖_*, and A is the orthogonal factor at the minimum. We minimise the
-    quadratic that touches the nuclear norm from above, again and again: with P = (X ᵀX)^½ at the present
-    X = W(K + Λ) + N, the next Λ solves
+    With K = skew(WᵀG), N = (I − WWᵀ)G and a symmetric multiplier Λ for the condition sym(WᵀA) = 0, the dual
+    problem is to minimise the nuclear norm ‖W(K + Λ) + N‖_*, and A is the orthogonal factor at the minimum.
+    We minimise the quadratic that touches the nuclear norm from above, again and again: with P = (XᵀX)^½ at
+    the present X = W(K + Λ) + N, the next Λ solves
 
         P Λ + Λ P = K P − P K.
 
-    The dual falls at every round and there is no step size. An item that has converged rests, so that a batch gives
-    what its items give. XᵀX = (K + Λ)ᵀ(K + Λ) + NᵀN is n×n, so that only the first
-    and the last products are as tall as W. Where W is square, Λ = 0 at once and A is the orthogonal factor of the
-    skew K, times W; so it is where K = 0, as on the Grassmann manifold.
+    The dual falls at every round and there is no step size. An item that has converged rests, so that a
+    batch gives what its items give. XᵀX = (K + Λ)ᵀ(K + Λ) + NᵀN is n×n, so that only the first
+    and the last products are as tall as W. Where W is square, Λ = 0 at once and A is the orthogonal factor
+    of the skew K, times W; so it is where K = 0, as on the Grassmann manifold.
 
-    P is taken with singular values no smaller than √ε of the largest: directions in which the gradient vanishes get
-    shorter steps, not random ones.
+    P is taken with singular values no smaller than √ε of the largest: directions in which the gradient
+    vanishes get shorter steps, not random ones.
 
     Args:
         w: points.
@@ -96,8 +97,9 @@ def stiefel_direction(
         tolerance: largest residual; ε^½ of the dtype if not given.
         max_iterations: rounds at most. What has not converged by then is still tangent, of norm at most one.
 
-    Source: Bernstein, "Modular Manifolds" (Thinking Machines, 2025), for the problem and its dual; the rounds are
-    iteratively reweighted least squares on that dual (Su, "Muon on the Stiefel manifold", 2025, has the fixed point).
+    Source: Bernstein, "Modular Manifolds" (Thinking Machines, 2025), for the problem and its dual; the rounds
+    are iteratively reweighted least squares on that dual (Su, "Muon on the Stiefel manifold", 2025, has
+    the fixed point).
     """
     finfo = torch.finfo(g.dtype)
     limit = finfo.eps**0.5 if tolerance is None else tolerance

@@ -32,7 +32,8 @@ class RiemannianSGD(RiemannianOptimizer):
     The other options are those of `RiemannianAdam`.
 
     Raises:
-        ManifoldError: an option out of range, a point off its manifold, a sparse, complex or non-finite gradient.
+        ManifoldError: an option out of range, a point off its manifold, a sparse, complex or non-finite
+            gradient.
 
     Source: Bonnabel, "Stochastic gradient descent on Riemannian manifolds" (2013).
     """

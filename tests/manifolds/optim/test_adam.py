@@ -110,7 +110,7 @@ def test_procrustes_on_stiefel(metric, device, descend):
 def test_low_rank_approximation(descend):
     torch.manual_seed(0)
     manifold = manifolds.FixedRank(8, 6)
-    u, s, vt = torch.linalg.svd(torch.randn(8, 6, dtype=torch.float64), full_matrices=False)
+    u, _, vt = torch.linalg.svd(torch.randn(8, 6, dtype=torch.float64), full_matrices=False)
     target = u * torch.tensor([5.0, 4, 3, 0.3, 0.2, 0.1]) @ vt
     x = geoopt.ManifoldParameter(manifold.random(14, 3, dtype=torch.float64))
     optimizer = RiemannianAdam([x], lr=0.3)
@@ -125,8 +125,10 @@ def test_low_rank_approximation(descend):
 @pytest.mark.parametrize(
     "manifold, shape",
     [
-        (manifolds.Sphere(), (3, 5)), (manifolds.Stiefel("euclidean"), (3, 6, 2)), (manifolds.Stiefel("canonical"), (3, 6, 2)),
-        (manifolds.Grassmann(), (3, 6, 2)), (manifolds.SPD(), (3, 4, 4)), (manifolds.FixedRank(5, 4), (3, 9, 2)),
+        (manifolds.Sphere(), (3, 5)), (manifolds.Stiefel("euclidean"), (3, 6, 2)),
+        (manifolds.Stiefel("canonical"), (3, 6, 2)),
+        (manifolds.Grassmann(), (3, 6, 2)), (manifolds.SPD(), (3, 4, 4)),
+        (manifolds.FixedRank(5, 4), (3, 9, 2)),
         (manifolds.SpecialOrthogonal(), (3, 4, 4)), (manifolds.Oblique(), (3, 4, 5)),
     ],
     ids=str,
@@ -150,7 +152,7 @@ def test_every_manifold_moments_stay_tangent_and_points_stay_on(manifold, shape,
 
 @pytest.mark.parametrize("metric", ["euclidean", "canonical"])
 def test_a_first_step_is_as_long_as_the_rate_in_the_metric(metric):
-    # After one step m̂ / v̂^½ is r / ‖r‖ whatever the gradient, so that the distance moved is the learning rate.
+    # After one step m̂ / v̂^½ is r / ‖r‖ whatever the gradient: the distance moved is the learning rate.
     torch.manual_seed(0)
     manifold = manifolds.Stiefel(metric)
     start = manifold.random(7, 3, dtype=torch.float64)

@@ -88,7 +88,7 @@ def test_foreach_stacks_equal_parameters_of_separate_but_equal_manifolds():
     assert len({id(p.manifold) for p in parameters[:4]}) == 4
     optimizer = RiemannianAdam(parameters)
     loss_of(parameters).backward()
-    entries = [e for e in optimizer._entries(optimizer.param_groups[0], 0)]
+    entries = list(optimizer._entries(optimizer.param_groups[0], 0))
     assert sorted(len(batch) for batch in optimizer._batches(entries)) == [1, 1, 4]
 
 
@@ -97,7 +97,7 @@ def test_foreach_keeps_apart_manifolds_of_other_curvature():
     parameters = [geoopt.ManifoldParameter(torch.full((3,), 0.1), manifold=ball) for ball in balls]
     optimizer = RiemannianAdam(parameters)
     sum(p.sum() for p in parameters).backward()
-    entries = [e for e in optimizer._entries(optimizer.param_groups[0], 0)]
+    entries = list(optimizer._entries(optimizer.param_groups[0], 0))
     assert [len(batch) for batch in optimizer._batches(entries)] == [1, 1]
 
 

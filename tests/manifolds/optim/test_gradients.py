@@ -31,7 +31,7 @@ def test_only_the_tangent_part_counts(device):
 
 
 def test_the_norm_is_that_of_the_metric():
-    # On the Poincaré ball of curvature -1 the conformal factor is 2 / (1 - |x|²): the dual norm of df divides by it.
+    # On this Poincaré ball the conformal factor is 2 / (1 - |x|²): the dual norm divides by it.
     x = torch.tensor([0.5, 0.0], dtype=torch.float64)
     p = geoopt.ManifoldParameter(x, manifold=geoopt.PoincareBall(c=1.0))
     p.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)

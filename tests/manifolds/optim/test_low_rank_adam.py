@@ -218,7 +218,6 @@ def test_bad_gradients_raise_with_the_pair_named_and_change_nothing():
 @pytest.mark.parametrize(
     "options",
     [
-        
         {"lr": -1.0},
         {"betas": (1.0, 0.9)},
         {"amsgrad": True},
@@ -381,5 +380,5 @@ def test_on_an_ill_conditioned_regression_it_is_ahead_of_both_peers_at_a_careful
                 schedule.step()
             ends.append(float(loss.detach()))
         best[name] = ends
-    # At the best rate of each, the three end within a factor of a few; see experiments.benchmarks.lora_almanac.
+    # At the best rate of each, they end within a factor of a few; see benchmarks.lora_almanac.
     assert best["ours"][0] < min(best["adamw"][0], best["peft"][0]) / 2, best

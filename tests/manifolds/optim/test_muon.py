@@ -123,7 +123,7 @@ def test_plain_matrices_move_as_with_torch(adjust):
 def test_the_orthogonal_factor_in_factors_is_that_of_the_dense_matrix():
     torch.manual_seed(0)
     matrix = manifolds.LowRank(torch.randn(9, 4).double(), torch.randn(4, 7).double())
-    u, s, vt = torch.linalg.svd(matrix.dense())
+    u, _, vt = torch.linalg.svd(matrix.dense())
     assert torch.allclose(orthogonal_factor(matrix).dense(), u[:, :4] @ vt[:4], atol=1e-10)
     lost = manifolds.LowRank(matrix.left * torch.tensor([1.0, 0, 0, 0]), matrix.right)
     assert torch.allclose(

@@ -1,5 +1,7 @@
 """RiemannianSGD against torch's SGD, and transport of its momentum against a hand-made run on the sphere."""
 
+from itertools import pairwise
+
 import geoopt
 import pytest
 import torch
@@ -32,8 +34,8 @@ def test_plain_tensors_move_as_with_torch(options, device):
 
 
 def test_momentum_is_carried_by_parallel_transport_on_the_sphere():
-    # A constant gradient along a great circle: transported momentum stays along it, so that all steps stay in its plane
-    # and grow as without curvature: b = g, (1 + μ) g, (1 + μ + μ²) g, ... for a gradient of constant length.
+    # A constant gradient along a great circle: transported momentum stays along it, so that all steps
+    # stay in its plane and grow as without curvature: b = g, (1 + μ) g, (1 + μ + μ²) g, ...
     lr, mu = 0.01, 0.5
     x = geoopt.ManifoldParameter(
         torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), manifold=manifolds.Sphere()
@@ -45,7 +47,7 @@ def test_momentum_is_carried_by_parallel_transport_on_the_sphere():
         x.grad = torch.tensor([float(point[1]), -float(point[0]), 0.0], dtype=torch.float64)
         optimizer.step()
         angles.append(float(torch.atan2(x[1], x[0])))
-    steps = [b - a for a, b in zip(angles, angles[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(angles)]
     expected = [torch.atan(torch.tensor(lr * f, dtype=torch.float64)) for f in (1, 1 + mu, 1 + mu + mu**2)]
     assert steps == pytest.approx([float(e) for e in expected], rel=1e-12)
     assert float(x[2].abs()) == 0.0
