@@ -6,6 +6,7 @@ singular values, at rank deficiency or where n < 2p.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -77,7 +78,7 @@ def polish(frame: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
     return frame @ (1.5 * _identity(frame) - 0.5 * (frame.mT @ frame))
 
 
-class Flow:
+class Flow(NamedTuple):
     """The geodesic of frames from x with velocity u, and the rotation that goes with it.
 
     With A = XᵀU, bend κ (0 for the Euclidean metric, ½ for the canonical one) and V = U − κ X A, the
@@ -95,15 +96,12 @@ class Flow:
     Zimmermann and Hüper, "Computing the Riemannian logarithm on the Stiefel manifold" (2022).
     """
 
-    def __init__(self, x: Float[Tensor, "*#batch n p"], u: Float[Tensor, "*#batch n p"], bend: float) -> None:
-        self.x, self.u, self.bend = x, u, bend
-        self.turn = skew(x.mT @ u)
-        square = u.mT @ u - bend * (2 - bend) * (self.turn.mT @ self.turn)
-        size = square.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        self.scale = torch.where(size > 0, size, 1.0).sqrt()
-        identity = _identity(x).expand_as(square)
-        inner = (1 - bend) * self.turn
-        self.matrix = blocks(inner, -square / self.scale, self.scale * identity, inner)
+    x: Tensor
+    u: Tensor
+    bend: float
+    turn: Tensor
+    scale: Tensor
+    matrix: Tensor
 
     def point(self) -> Float[Tensor, "*batch n p"]:
         """γ(1), orthonormal to rounding."""
@@ -130,6 +128,17 @@ class Flow:
     def _unturn(self, y: Tensor) -> Tensor:
         rest = 1 - 2 * self.bend
         return y @ exponential(-rest * self.turn) if rest else y
+
+
+def flow(x: Float[Tensor, "*#batch n p"], u: Float[Tensor, "*#batch n p"], bend: float) -> Flow:
+    """The geodesic from x with velocity u; `bend` is 0 for the Euclidean metric, ½ for the canonical one."""
+    turn = skew(x.mT @ u)
+    square = u.mT @ u - bend * (2 - bend) * (turn.mT @ turn)
+    size = square.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    scale = torch.where(size > 0, size, 1.0).sqrt()
+    inner = (1 - bend) * turn
+    matrix = blocks(inner, -square / scale, scale * _identity(x).expand_as(square), inner)
+    return Flow(x, u, bend, turn, scale, matrix)
 
 
 def blocks(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

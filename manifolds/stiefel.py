@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from manifolds import stiefel_logarithm
 from manifolds.base import Manifold, frobenius_norm, sum_point
 from manifolds.errors import ManifoldError, MissingOperationError
 from manifolds.frames import (
-    Flow,
+    flow,
     haar,
     identity_defect,
     noise_level,
@@ -208,7 +209,7 @@ class Stiefel(Manifold):
         """The retraction that was chosen."""
         if self.retraction == "qr":
             return qr_positive(x + u)
-        return polar_positive(x + u) if self.retraction == "polar" else polish(_Cayley(x, u).carry_frame())
+        return polar_positive(x + u) if self.retraction == "polar" else polish(_cayley(x, u).carry_frame())
 
     def retr_qr(self, x: Point, u: Point) -> Result:
         """The Q of X + U = Q R with positive diagonal of R; first order."""
@@ -226,13 +227,13 @@ class Stiefel(Manifold):
 
         Source: Wen and Yin, "A feasible method for optimization with orthogonality constraints" (2013).
         """
-        return polish(_Cayley(x, u).carry_frame())
+        return polish(_cayley(x, u).carry_frame())
 
     # Exponential and logarithm
 
     def expmap(self, x: Point, u: Point) -> Result:
         """The end of the geodesic of length ‖u‖; see `Flow`."""
-        return Flow(x, u, self.bend).point()
+        return flow(x, u, self.bend).point()
 
     def logmap(self, x: Point, y: Point) -> Result:
         """The velocity of the geodesic from x to y, as `logarithm` finds it.
@@ -285,34 +286,33 @@ class Stiefel(Manifold):
     def retr_transp(self, x: Point, u: Point, v: Point) -> tuple[Result, Result]:
         """The retraction, and the vector carried along it."""
         if self.retraction == "cayley":
-            rotation = _Cayley(x, u)
+            rotation = _cayley(x, u)
             return polish(rotation.carry_frame()), rotation.carry(v)
         y = self.retr(x, u)
         return y, self.proju(y, v)
 
     def transp_follow_expmap(self, x: Point, u: Point, v: Point) -> Result:
         """The vector moved with the geodesic, isometric; it comes back along −γ'(1). See `Flow`."""
-        return Flow(x, u, self.bend).carry(v)
+        return flow(x, u, self.bend).carry(v)
 
     def expmap_transp(self, x: Point, u: Point, v: Point) -> tuple[Result, Result]:
         """The end of the geodesic, and the vector moved with it."""
-        flow = Flow(x, u, self.bend)
-        return flow.point(), flow.carry(v)
+        geodesic = flow(x, u, self.bend)
+        return geodesic.point(), geodesic.carry(v)
 
 
-class _Cayley:
+class _Cayley(NamedTuple):
     """The rotation (I − Ŝ/2)⁻¹ (I + Ŝ/2) with Ŝ = V Xᵀ − X Vᵀ, V = U − ½ X XᵀU, reduced to one p×p inverse.
 
     Formula: the Woodbury identity gives v + U β + X((2 I − A) β − 2 Xᵀv) with β = ½ Z (2 Xᵀv − A Xᵀv −
     Uᵀv); for v = X, β = Z.
     """
 
-    def __init__(self, x: Tensor, u: Tensor) -> None:
-        self.x, self.u = x, u
-        self.turn = skew(x.mT @ u)
-        self.identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        outside = u.mT @ u + self.turn @ self.turn
-        self.inverse = torch.linalg.inv(self.identity - self.turn / 2 + outside / 4)
+    x: Tensor
+    u: Tensor
+    turn: Tensor
+    identity: Tensor
+    inverse: Tensor
 
     def carry_frame(self) -> Tensor:
         inside = (2 * self.identity - self.turn) @ self.inverse - self.identity
@@ -322,3 +322,10 @@ class _Cayley:
         across = self.x.mT @ v
         beta = self.inverse @ (across - (self.turn @ across + self.u.mT @ v) / 2)
         return v + self.x @ (2 * beta - self.turn @ beta - 2 * across) + self.u @ beta
+
+
+def _cayley(x: Tensor, u: Tensor) -> _Cayley:
+    turn = skew(x.mT @ u)
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    outside = u.mT @ u + turn @ turn
+    return _Cayley(x, u, turn, identity, torch.linalg.inv(identity - turn / 2 + outside / 4))
