@@ -62,10 +62,8 @@ class FixedRank(FactorPairs):
         >>> x = manifold.from_lowrank(W)
         >>> x.mT
         tensor([[2., 0., 0., 2., 0.]])
-        >>> manifold.to_lowrank(manifold.retr(x, 0.5 * x)).dense()
-        tensor([[8., 0.],
-                [0., 0.],
-                [0., 0.]])
+        >>> manifold.to_lowrank(manifold.retr(x, 0.5 * x)).norm()
+        tensor(8.0000)
 
     Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013); Absil and
     Oseledets, "Low-rank
@@ -175,7 +173,7 @@ class FixedRank(FactorPairs):
     ) -> LowRank:
         """The normal matrix II(u, v) = Lₚ(u) Rₚ(v)ᵀ + Lₚ(v) Rₚ(u)ᵀ, in factors of rank 2r.
 
-        Here Lₚ = (I − P_L) L̇ and Rₚ = (I − P_R) Ṙ are the parts of a vector outside the column and row spaces.
+        Here Lₚ = (I − P_L) L̇ and Rₚ = (I − P_R) Ṙ are the parts outside the column and row spaces.
         """
         x, u, v = torch.broadcast_tensors(x, u, v)
         (_, left_u, right_u), (_, left_v, right_v) = self._parts(x, u), self._parts(x, v)
@@ -222,10 +220,8 @@ class FixedRank(FactorPairs):
         eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
         middle = eye + core
         back = inverse(middle)
-        singular = (
-            frobenius_norm(middle, 2, True) * frobenius_norm(back, 2, True) * torch.finfo(core.dtype).eps
-            > 0.1
-        )
+        size = frobenius_norm(eye, 2) + frobenius_norm(core, 2, True)
+        singular = size * frobenius_norm(back, 2, True) * torch.finfo(core.dtype).eps > 0.1
         back = torch.where(singular, torch.nan, back)
         return self.projx(torch.cat([left @ middle + normal_left, right + normal_right @ back.mT], -2))
 

@@ -20,7 +20,7 @@ def inverse(matrix: Float[Tensor, "*batch r r"]) -> Float[Tensor, "*batch r r"]:
 
 
 class FactorPairs(Manifold):
-    """Pairs x = [L; R] with LᵀL = RᵀR that stand for W = L Rᵀ; `FixedRank` adds gradients, steps and curvature.
+    """Pairs x = [L; R] with LᵀL = RᵀR, for W = L Rᵀ; `FixedRank` adds gradients, steps and curvature.
 
     Args:
         rows: the rows of L.

@@ -23,7 +23,7 @@ from manifolds.fixed_rank_factors import inverse
 SUBSTEPS = (2, 4, 6, 8, 10, 12)
 LEVELS = (1, 2, 4, 8, 16)
 BLIND_LEVEL, BLIND_ITERATIONS = 4, 12
-"""The steps of a geodesic and corrections of a search under `vmap` and `torch.compile`, which read no values."""
+"""Steps of a geodesic and corrections of a search under `vmap` and `torch.compile`, which read no values."""
 WINDOW = 4
 """How many earlier corrections Anderson's mixing looks back."""
 
@@ -84,7 +84,7 @@ class Shot:
 
 
 def known(condition: Bool[Tensor, "*batch"]) -> bool | None:
-    """Whether a condition holds for all items; None under `vmap` and `torch.compile`, where it cannot be read."""
+    """Whether a condition holds for all items; None under `vmap` and `torch.compile`: unreadable."""
     if torch.compiler.is_compiling():
         return None
     try:
@@ -186,7 +186,7 @@ class _Paths:
         return state, doubts
 
     def _length(self, moved: Tensor) -> Tensor:
-        """The length of a change of a and b as a change of L and R, weighted as in the metric at the start."""
+        """The length of a change of a and b, measured as a change of L Rᵀ at the start."""
         total = ((self.metric @ moved) * (moved @ self.other)).sum((-3, -2, -1))
         return torch.where(total > 0, total, total * 0).sqrt()
 
@@ -270,7 +270,7 @@ def aim(
 def _search(
     target: Tensor, grams: Grams, tolerance: float, integration_tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The fixed point of the corrections for each item, whether it was reached, the last miss, and the count."""
+    """The fixed point of the corrections for each item, whether it was reached, the miss, and the count."""
     eye = torch.eye(target.shape[-1], dtype=target.dtype, device=target.device).expand_as(target)
     found = torch.stack([target, eye, eye], -3)
     weights = (

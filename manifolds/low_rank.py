@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from manifolds.low_rank_spectrum import core, nearest_of_rank, product_norm, thi
 HALF = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """A batch of matrices W = left right, of shapes (*batch, m, k) and (*batch, k, n).
 
@@ -44,8 +42,13 @@ class LowRank:
     left: Tensor
     right: Tensor
 
-    def __post_init__(self) -> None:
-        check_factors(self.left, self.right)
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        check_factors(left, right)
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a LowRank does not change; make a new one instead of setting {name!r}")
 
     # Factors in
 
@@ -220,7 +223,7 @@ class LowRank:
         return self.svd()[0]
 
     def row_space(self) -> Float[Tensor, "*batch n p"]:
-        """The right singular vectors as columns, by falling singular value; those of value 0 are arbitrary."""
+        """The right singular vectors as columns, by falling singular value; see `column_space`."""
         return self.svd()[2].mT
 
     # Algebra

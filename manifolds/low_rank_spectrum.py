@@ -6,9 +6,12 @@ approximation of lower rank are smooth there. The functions here take values fro
 and attach derivatives of first and second order by products of matrices.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import Function
 
 
 def thin_svd(
@@ -32,10 +35,10 @@ def core(factor: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch p k"]:
     """
     if factor.shape[-2] <= factor.shape[-1]:
         return factor
-    basis = torch.linalg.qr(factor.detach())[0]
+    basis = _choose(_FrozenBasis, _FrozenBasisForward)(factor)
     inside = basis.mT @ factor
     outside = factor - basis @ inside
-    return inside + torch.linalg.pinv(inside.detach()).mT @ (outside.mT @ outside) / 2
+    return inside + _choose(_FrozenInverse, _FrozenInverseForward)(inside).mT @ (outside.mT @ outside) / 2
 
 
 def product_norm(
@@ -47,15 +50,14 @@ def product_norm(
     digits where terms cancel; the derivative comes from that trace q = tr(leftᵀ left rightᵀ right), as ‖·‖
     = √q.
     """
-    cores = (torch.linalg.qr(factor.detach(), mode="r")[1] for factor in (left, right))
-    product = next(cores) @ next(cores).mT
+    product = _choose(_FrozenProduct, _FrozenProductForward)(left, right)
     scale = product.abs().amax((-2, -1), keepdim=True) if product.numel() else product.sum((-2, -1), True)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
     size = (product / scale).square().sum((-2, -1)).sqrt() * scale[..., 0, 0]
     squared = ((left.mT @ left) * (right.mT @ right)).sum((-2, -1))
     nonzero = size != 0
     safe = torch.where(nonzero, size, 1.0)
-    change = torch.where(nonzero, (squared - squared.detach()) / safe / safe, 0.0)
+    change = torch.where(nonzero, (squared - frozen(squared)) / safe / safe, 0.0)
     return size * (1 + change).sqrt()
 
 
@@ -69,7 +71,7 @@ def nearest_of_rank(
     Newton's method for X R = L RᵀR and XᵀL = R LᵀL, with the inverse Jacobian frozen at the solution, carry
     them: along a kept pair (uᵢ, vᵢ) and a cut pair (uⱼ, vⱼ) the step is (σᵢ eₗ + σⱼ eᵣ) / (σᵢ² − σⱼ²).
     """
-    u, values, v = thin_svd(left.detach(), right.detach())
+    u, values, v = _choose(_FrozenSVD, _FrozenSVDForward)(left, right)
     kept, cut = values[..., None, :rank], values[..., rank:, None]
     frames = u[..., :rank], v[..., :rank], u[..., rank:], v[..., rank:]
     root = kept.sqrt()
@@ -80,7 +82,7 @@ def nearest_of_rank(
     for _ in range(2):
         error_left = left @ (right.mT @ found_right) - found_left @ (found_right.mT @ found_right)
         error_right = right @ (left.mT @ found_left) - found_right @ (found_left.mT @ found_left)
-        error_left, error_right = error_left - error_left.detach(), error_right - error_right.detach()
+        error_left, error_right = error_left - frozen(error_left), error_right - frozen(error_right)
         cut_left, cut_right = frames[2].mT @ error_left, frames[3].mT @ error_right
         step_left = error_left - frames[0] @ (frames[0].mT @ error_left) / 2
         step_right = error_right - frames[1] @ (frames[1].mT @ error_right) / 2
@@ -89,3 +91,84 @@ def nearest_of_rank(
         found_left = found_left + frames[2] @ ((kept * cut_left + cut * cut_right) * inverse_gap)
         found_right = found_right + frames[3] @ ((kept * cut_right + cut * cut_left) * inverse_gap)
     return found_left, found_right
+
+
+def frozen(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The value with derivative zero at every level of `torch.func`; `detach` cuts only the innermost."""
+    found: Tensor = _choose(_Frozen, _FrozenForward)(value)
+    return found
+
+
+def _choose(plain: type[Function], forward: type[Function]) -> Any:
+    """The variant with a forward-mode rule, or the one without it where `torch.compile` traces."""
+    return plain.apply if torch.compiler.is_compiling() else forward.apply
+
+
+class _Frozen(Function):
+    """A function whose derivatives are all zero; subclasses give the function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> Any:
+        return inputs[0].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.single = not isinstance(output, tuple)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        zeros = tuple(torch.zeros_like(value) for value in ctx.saved_tensors)
+        return zeros[0] if len(zeros) == 1 else zeros
+
+
+class _FrozenForward(_Frozen):
+    @staticmethod
+    def jvp(ctx: Any, *changes: Tensor) -> Any:
+        zeros = tuple(torch.zeros_like(value) for value in ctx.saved_tensors)
+        return zeros[0] if ctx.single else zeros
+
+
+class _FrozenBasis(_Frozen):
+    @staticmethod
+    def forward(*inputs: Tensor) -> Tensor:
+        return torch.linalg.qr(inputs[0])[0]
+
+
+class _FrozenBasisForward(_FrozenBasis, _FrozenForward):
+    pass
+
+
+class _FrozenInverse(_Frozen):
+    @staticmethod
+    def forward(*inputs: Tensor) -> Tensor:
+        return torch.linalg.pinv(inputs[0])
+
+
+class _FrozenInverseForward(_FrozenInverse, _FrozenForward):
+    pass
+
+
+class _FrozenProduct(_Frozen):
+    @staticmethod
+    def forward(*inputs: Tensor) -> Tensor:
+        left, right = inputs
+        return torch.linalg.qr(left, mode="r")[1] @ torch.linalg.qr(right, mode="r")[1].mT
+
+
+class _FrozenProductForward(_FrozenProduct, _FrozenForward):
+    pass
+
+
+class _FrozenSVD(_Frozen):
+    @staticmethod
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return thin_svd(*inputs)
+
+
+class _FrozenSVDForward(_FrozenSVD, _FrozenForward):
+    pass

@@ -131,7 +131,7 @@ def test_retractions_are_of_second_order(size, name, equal, device):
     with unchecked():
         start, one = torch.zeros((), dtype=DTYPE, device=device), torch.ones((), dtype=DTYPE, device=device)
         speed = torch.func.jvp(curve, (start,), (one,))[1]
-        bend = torch.func.jvp(lambda t: torch.func.jvp(curve, (t,), (one,))[1], (start,), (one,))[1]
+        bend = torch.func.jacfwd(torch.func.jacrev(curve))(start)
     close(speed, d.vector(d.x, d.u), 1e-8)
     close(bend, m.second_fundamental_form(d.x, d.u, d.u).dense(), 1e-7)
     close(d.project(d.x, bend), torch.zeros_like(bend), 1e-7)
@@ -146,7 +146,7 @@ def test_what_the_retractions_promise():
     step = 0.3 * d.u
     back = d.point(d.manifold.retr_orthographic(d.x, step)) - d.point(d.x)
     close(d.project(d.x, back), d.vector(d.x, step))
-    assert d.manifold.retr_orthographic(d.x, -d.x).isnan().all()
+    assert d.manifold.retr_orthographic(d.x, -0.5 * d.x).isnan().all()
 
 
 @pytest.mark.parametrize("size", [(5, 4, 2), (3, 3, 3), (4, 3, 1)])
@@ -215,8 +215,7 @@ def test_hessian_is_the_second_derivative_along_geodesics(size, equal):
         return f(FixedRank(*size[:2], retraction="projection").retr(d.x, time * d.u))
 
     with unchecked():
-        zero, one = torch.zeros((), dtype=DTYPE), torch.ones((), dtype=DTYPE)
-        second = torch.func.jvp(lambda t: torch.func.jvp(along, (t,), (one,))[1], (zero,), (one,))[1]
+        second = torch.func.jacfwd(torch.func.jacrev(along))(torch.zeros((), dtype=DTYPE))
     close(d.manifold.inner(d.x, hessian, d.u), second, 1e-7)
     other = d.manifold.ehess2rhess(d.x, gradient, torch.func.jvp(torch.func.grad(f), (d.x,), (d.v,))[1], d.v)
     close(d.manifold.inner(d.x, hessian, d.v), d.manifold.inner(d.x, other, d.u))
@@ -267,7 +266,8 @@ def test_derivatives(equal):
     with unchecked():
         for f, inputs in [
             (m.projx, (d.x,)), (m.proju, (d.x, d.noise)), (m.egrad2rgrad, (d.x, d.noise)), (m.norm, (d.x, u)),
-            (m.ehess2rhess, (d.x, d.noise, d.v, u)), (m.transp, (d.x, d.y, u)), (m.retr_orthographic, (d.x, 0 * u)),
+            (m.ehess2rhess, (d.x, d.noise, d.v, u)), (m.transp, (d.x, d.y, u)),
+            (m.retr_orthographic, (d.x, 0 * u)),
             (m.retr_projection, (d.x, 0 * u)), (m.retr_projection, (d.x, u)),
         ]:  # fmt: skip
             tracked = tuple(t.clone().requires_grad_() for t in inputs)
@@ -291,7 +291,8 @@ def test_vmap_and_compile():
     near = m.retr(d.x, 0.1 * u)
     for f, inputs in [
         (m.projx, (d.x,)), (m.proju, (d.x, d.noise)), (m.inner, (d.x, u, d.v)), (m.transp, (d.x, d.y, u)),
-        (m.ehess2rhess, (d.x, d.noise, d.v, u)), (m.retr_orthographic, (d.x, u)), (m.retr_projection, (d.x, u)),
+        (m.ehess2rhess, (d.x, d.noise, d.v, u)), (m.retr_orthographic, (d.x, u)),
+        (m.retr_projection, (d.x, u)),
         (m.expmap, (d.x, u)), (m.logmap, (d.x, near)),
     ]:  # fmt: skip
         expected = f(*inputs)
@@ -322,7 +323,7 @@ def test_geoopts_optimizers_work_on_it(optimizer):
     goal = d.point(d.y)
     point = geoopt.ManifoldParameter(d.x.clone(), manifold=d.manifold)
     steps = optimizer([point], lr=0.05)
-    for _ in range(400):
+    for _ in range(150):
         steps.zero_grad()
         loss = (d.point(point) - goal).square().sum()
         loss.backward()
