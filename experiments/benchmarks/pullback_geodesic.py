@@ -51,7 +51,7 @@ def decoder(settings: Settings) -> nn.Sequential:
                 else [nn.Linear(before, after)]
             )
     net = nn.Sequential(*layers).requires_grad_(False)
-    for layer in net[:-1]:
+    for layer in list(net)[:-1]:
         if isinstance(layer, nn.Linear):
             layer.weight.mul_(settings.gain)
     return net
@@ -68,7 +68,7 @@ def run(settings: Settings | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     net = decoder(settings)
 
-    class Decoded(manifold.EmbeddedManifold):
+    class Decoded(manifold.EmbeddedManifold):  # type: ignore[name-defined]
         def embed(self, points: Tensor, jacobian: bool = False) -> Tensor:
             return net(points)
 

@@ -38,7 +38,7 @@ def derivative(function: Map, x: Tensor, v: Tensor, mode: Mode = "forward") -> t
         _, push = reverse(pull, torch.zeros_like(value))
         return value, push(v)
     try:
-        value, slope = torch.func.jvp(function, (x,), (v,))
+        found: Any = torch.func.jvp(function, (x,), (v,))
     except NotImplementedError as unknown:
         if "forward AD" not in str(unknown) and "forward-mode" not in str(unknown):
             raise
@@ -48,7 +48,7 @@ def derivative(function: Map, x: Tensor, v: Tensor, mode: Mode = "forward") -> t
             "with "
             "derivatives='reverse'"
         ) from unknown
-    return value, slope
+    return found[0], found[1]
 
 
 def second_derivative(function: Map, x: Tensor, u: Tensor, v: Tensor, mode: Mode = "forward") -> Tensor:
