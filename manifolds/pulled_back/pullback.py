@@ -62,7 +62,7 @@ class Pullback(PulledMetric):
         >>> sphere = Pullback(chart)
         >>> x, y = torch.tensor([0.0, 0.8]), torch.tensor([1.5, 0.8])
         >>> sphere.dist(x, y)
-        tensor(0.9896)
+        tensor(0.9897)
         >>> sphere.length(torch.stack([x, y]))
         tensor(0.9498)
     """
