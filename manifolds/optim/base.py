@@ -203,7 +203,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                 if entry.grad.layout != torch.strided:
                     raise ManifoldError(
                         f"{type(self).__name__}: the gradient of {entry.name} is sparse; "
-                        "steps on manifolds move whole points: ask the layer for dense gradients (sparse=False)"
+                        "steps move whole points: ask the layer for dense gradients (sparse=False)"
                     )
             ready.append(entries)
         bad = refuse_nonfinite([(e.name, e.grad) for entries in ready for e in entries])
@@ -213,7 +213,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             if named and entries[0].group["nonfinite"] == "raise":
                 raise ManifoldError(
                     f"{type(self).__name__}: the gradient of parameter {named[0]} "
-                    f"is not finite ({bad[named[0]]} entries); nothing was changed. nonfinite='skip' leaves out such a step of the group"
+                    f"is not finite ({bad[named[0]]} entries); "
+                    "nothing was changed. nonfinite='skip' leaves out such a step of the group"
                 )
             if named:
                 log.warning(
@@ -230,7 +231,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         return clip_scale([(e.manifold, e.point, e.gradient) for e in entries], limit)[1]
 
     def _batches(self, entries: list[Entry]) -> list[list[Entry]]:
-        """Parameters of equal shape, dtype, device, manifold and age together; one by one without `foreach`."""
+        """Parameters of equal shape, dtype, device, manifold and age together; alone without `foreach`."""
         if not entries or entries[0].group["foreach"] is False:
             return [[entry] for entry in entries]
         found: dict[Any, list[list[Entry]]] = {}

@@ -19,8 +19,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
 
     The norm of a covector df is that of its Riemannian gradient, ‖df‖ = ‖grad f‖_x; over several parameters
     it is the root of the sum of squares. Conversion of gradients is linear, so scaling the Euclidean
-    gradient scales the Riemannian one. What points off the tangent space does not count. Plain tensors are Euclidean, as in
-    `torch.nn.utils.clip_grad_norm_`.
+    gradient scales the Riemannian one. What points off the tangent space does not count. Plain tensors are
+    Euclidean, as in `torch.nn.utils.clip_grad_norm_`.
 
     Args:
         parameters: one or many; those without a gradient are left alone.

@@ -132,9 +132,9 @@ def stiefel_direction(
         found = basis @ turned @ basis.mT
         multiplier = torch.where(converged[..., None, None], multiplier, found)
     inverse = (basis / values.unsqueeze(-2)) @ basis.mT
-    top = skew(top)
-    length = torch.linalg.eigvalsh(top.mT @ top + inverse @ gram @ inverse)[..., -1].clamp_min(1).sqrt()
-    vector = (w @ top + normal @ inverse) / length[..., None, None]
+    vector = w @ skew(top) + normal @ inverse
+    length = torch.linalg.eigvalsh(vector.mT @ vector)[..., -1].clamp_min(1).sqrt()
+    vector = vector / length[..., None, None]
     return StiefelDirection(vector, converged, iterations, residual)
 
 

@@ -78,8 +78,8 @@ def test_iterates_are_those_of_geoopt_on_its_manifolds(manifold, shape, amsgrad,
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_rayleigh_quotient_on_the_sphere(batch, dtype, device, descend):
     torch.manual_seed(0)
-    a = torch.randn(*batch, 6, 6, dtype=dtype, device=device)
-    a = a @ a.mT
+    basis = torch.linalg.qr(torch.randn(*batch, 6, 6, dtype=dtype, device=device))[0]
+    a = basis * torch.arange(1, 7, dtype=dtype, device=device) @ basis.mT
     start = torch.randn(*batch, 6, dtype=dtype, device=device)
     x = geoopt.ManifoldParameter(start / start.norm(dim=-1, keepdim=True), manifold=manifolds.Sphere())
     optimizer = RiemannianAdam([x], lr=0.1)
@@ -88,8 +88,7 @@ def test_rayleigh_quotient_on_the_sphere(batch, dtype, device, descend):
         descend(optimizer, lambda: (x.unsqueeze(-2) @ a @ x.unsqueeze(-1)).sum(), 1)
         schedule.step()
     found = (x.unsqueeze(-2) @ a @ x.unsqueeze(-1)).detach()[..., 0, 0]
-    values = torch.linalg.eigvalsh(a)
-    assert ((found - values[..., 0]).abs() < 1e-4 * values[..., -1]).all()
+    assert torch.allclose(found, torch.ones_like(found), atol=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "canonical"])
@@ -114,8 +113,8 @@ def test_low_rank_approximation(descend):
     target = u * torch.tensor([5.0, 4, 3, 0.3, 0.2, 0.1]) @ vt
     x = geoopt.ManifoldParameter(manifold.random(14, 3, dtype=torch.float64))
     optimizer = RiemannianAdam([x], lr=0.3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-4, 300)
-    for _ in range(300):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-4, 500)
+    for _ in range(500):
         descend(optimizer, lambda: ((x[:8] @ x[8:].mT - target) ** 2).sum() / 2, 1)
         schedule.step()
     best = u[:, :3] * torch.tensor([5.0, 4, 3]) @ vt[:3]
