@@ -103,32 +103,6 @@ class Flow(NamedTuple):
     scale: Tensor
     matrix: Tensor
 
-    def point(self) -> Float[Tensor, "*batch n p"]:
-        """γ(1), orthonormal to rounding."""
-        return polish(self._unturn(self._combine(exponential(self.matrix)[..., : self.x.shape[-1]])))
-
-    def carry(self, v: Float[Tensor, "*#batch n p"]) -> Float[Tensor, "*batch n p"]:
-        """A vector moved along: exp(Ŝ) v exp(−(1 − 2κ) A), with exp(Ŝ) v = v + [X V] φ(M) [−Vᵀv; Xᵀv]."""
-        p = self.x.shape[-1]
-        size = frobenius_norm(v.detach(), 2, True)
-        size = torch.where(size > 0, size, 1.0)
-        across = self.x.mT @ (v / size)
-        along = self.u.mT @ (v / size) + self.bend * (self.turn @ across)
-        right = torch.cat(torch.broadcast_tensors(-along, self.scale * across), -2)
-        matrix, right = broadcast_batch(self.matrix, right)
-        upper = torch.cat([matrix, right], -1)
-        whole = torch.cat([upper, torch.zeros_like(upper[..., :p, :])], -2)
-        return self._unturn(v + size * self._combine(exponential(whole)[..., : 2 * p, 2 * p :]))
-
-    def _combine(self, coefficients: Tensor) -> Tensor:
-        upper, lower = coefficients.chunk(2, -2)
-        lower = lower / self.scale
-        return self.x @ (upper - self.bend * (self.turn @ lower)) + self.u @ lower
-
-    def _unturn(self, y: Tensor) -> Tensor:
-        rest = 1 - 2 * self.bend
-        return y @ exponential(-rest * self.turn) if rest else y
-
 
 def flow(x: Float[Tensor, "*#batch n p"], u: Float[Tensor, "*#batch n p"], bend: float) -> Flow:
     """The geodesic from x with velocity u; `bend` is 0 for the Euclidean metric, ½ for the canonical one."""
@@ -139,6 +113,36 @@ def flow(x: Float[Tensor, "*#batch n p"], u: Float[Tensor, "*#batch n p"], bend:
     inner = (1 - bend) * turn
     matrix = blocks(inner, -square / scale, scale * _identity(x).expand_as(square), inner)
     return Flow(x, u, bend, turn, scale, matrix)
+
+
+def end_point(way: Flow) -> Float[Tensor, "*batch n p"]:
+    """γ(1), orthonormal to rounding."""
+    return polish(_unturn(way, _combine(way, exponential(way.matrix)[..., : way.x.shape[-1]])))
+
+
+def carry(way: Flow, v: Float[Tensor, "*#batch n p"]) -> Float[Tensor, "*batch n p"]:
+    """A vector moved along: exp(Ŝ) v exp(−(1 − 2κ) A), with exp(Ŝ) v = v + [X V] φ(M) [−Vᵀv; Xᵀv]."""
+    p = way.x.shape[-1]
+    size = frobenius_norm(v.detach(), 2, True)
+    size = torch.where(size > 0, size, 1.0)
+    across = way.x.mT @ (v / size)
+    along = way.u.mT @ (v / size) + way.bend * (way.turn @ across)
+    right = torch.cat(torch.broadcast_tensors(-along, way.scale * across), -2)
+    matrix, right = broadcast_batch(way.matrix, right)
+    upper = torch.cat([matrix, right], -1)
+    whole = torch.cat([upper, torch.zeros_like(upper[..., :p, :])], -2)
+    return _unturn(way, v + size * _combine(way, exponential(whole)[..., : 2 * p, 2 * p :]))
+
+
+def _combine(way: Flow, coefficients: Tensor) -> Tensor:
+    upper, lower = coefficients.chunk(2, -2)
+    lower = lower / way.scale
+    return way.x @ (upper - way.bend * (way.turn @ lower)) + way.u @ lower
+
+
+def _unturn(way: Flow, y: Tensor) -> Tensor:
+    rest = 1 - 2 * way.bend
+    return y @ exponential(-rest * way.turn) if rest else y
 
 
 def blocks(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

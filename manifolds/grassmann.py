@@ -11,6 +11,8 @@ from torch import Tensor
 from manifolds.base import Manifold, frobenius_norm, sum_point
 from manifolds.errors import ManifoldError, MissingOperationError
 from manifolds.frames import (
+    carry,
+    end_point,
     flow,
     haar,
     identity_defect,
@@ -174,7 +176,7 @@ class Grassmann(Manifold):
         Formula: both functions of G are blocks of exp([[0, −G], [I, 0]]), which is smooth where G has
         repeated or zero eigenvalues.
         """
-        return flow(x, u, 0.5).point()
+        return end_point(flow(x, u, 0.5))
 
     def logmap(self, x: Point, y: Point) -> Result:
         """The velocity of the shortest geodesic to the subspace of y.
@@ -223,12 +225,12 @@ class Grassmann(Manifold):
 
     def transp_follow_expmap(self, x: Point, u: Point, v: Point) -> Result:
         """Parallel transport along the geodesic with velocity u, however long, in the basis of `expmap`."""
-        return flow(x, u, 0.5).carry(v)
+        return carry(flow(x, u, 0.5), v)
 
     def expmap_transp(self, x: Point, u: Point, v: Point) -> tuple[Result, Result]:
         """The end of the geodesic, and the vector carried along it."""
         geodesic = flow(x, u, 0.5)
-        return geodesic.point(), geodesic.carry(v)
+        return end_point(geodesic), carry(geodesic, v)
 
 
 def _outside(x: Tensor, u: Tensor, across: Tensor) -> Tensor:

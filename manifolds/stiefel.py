@@ -12,6 +12,8 @@ from manifolds import stiefel_logarithm
 from manifolds.base import Manifold, frobenius_norm, sum_point
 from manifolds.errors import ManifoldError, MissingOperationError
 from manifolds.frames import (
+    carry,
+    end_point,
     flow,
     haar,
     identity_defect,
@@ -209,7 +211,7 @@ class Stiefel(Manifold):
         """The retraction that was chosen."""
         if self.retraction == "qr":
             return qr_positive(x + u)
-        return polar_positive(x + u) if self.retraction == "polar" else polish(_cayley(x, u).carry_frame())
+        return polar_positive(x + u) if self.retraction == "polar" else polish(_cayley_end(_cayley(x, u)))
 
     def retr_qr(self, x: Point, u: Point) -> Result:
         """The Q of X + U = Q R with positive diagonal of R; first order."""
@@ -227,13 +229,13 @@ class Stiefel(Manifold):
 
         Source: Wen and Yin, "A feasible method for optimization with orthogonality constraints" (2013).
         """
-        return polish(_cayley(x, u).carry_frame())
+        return polish(_cayley_end(_cayley(x, u)))
 
     # Exponential and logarithm
 
     def expmap(self, x: Point, u: Point) -> Result:
         """The end of the geodesic of length ‖u‖; see `Flow`."""
-        return flow(x, u, self.bend).point()
+        return end_point(flow(x, u, self.bend))
 
     def logmap(self, x: Point, y: Point) -> Result:
         """The velocity of the geodesic from x to y, as `logarithm` finds it.
@@ -287,18 +289,18 @@ class Stiefel(Manifold):
         """The retraction, and the vector carried along it."""
         if self.retraction == "cayley":
             rotation = _cayley(x, u)
-            return polish(rotation.carry_frame()), rotation.carry(v)
+            return polish(_cayley_end(rotation)), _cayley_carry(rotation, v)
         y = self.retr(x, u)
         return y, self.proju(y, v)
 
     def transp_follow_expmap(self, x: Point, u: Point, v: Point) -> Result:
         """The vector moved with the geodesic, isometric; it comes back along −γ'(1). See `Flow`."""
-        return flow(x, u, self.bend).carry(v)
+        return carry(flow(x, u, self.bend), v)
 
     def expmap_transp(self, x: Point, u: Point, v: Point) -> tuple[Result, Result]:
         """The end of the geodesic, and the vector moved with it."""
         geodesic = flow(x, u, self.bend)
-        return geodesic.point(), geodesic.carry(v)
+        return end_point(geodesic), carry(geodesic, v)
 
 
 class _Cayley(NamedTuple):
@@ -314,18 +316,20 @@ class _Cayley(NamedTuple):
     identity: Tensor
     inverse: Tensor
 
-    def carry_frame(self) -> Tensor:
-        inside = (2 * self.identity - self.turn) @ self.inverse - self.identity
-        return self.x @ inside + self.u @ self.inverse
-
-    def carry(self, v: Tensor) -> Tensor:
-        across = self.x.mT @ v
-        beta = self.inverse @ (across - (self.turn @ across + self.u.mT @ v) / 2)
-        return v + self.x @ (2 * beta - self.turn @ beta - 2 * across) + self.u @ beta
-
 
 def _cayley(x: Tensor, u: Tensor) -> _Cayley:
     turn = skew(x.mT @ u)
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     outside = u.mT @ u + turn @ turn
     return _Cayley(x, u, turn, identity, torch.linalg.inv(identity - turn / 2 + outside / 4))
+
+
+def _cayley_end(way: _Cayley) -> Tensor:
+    inside = (2 * way.identity - way.turn) @ way.inverse - way.identity
+    return way.x @ inside + way.u @ way.inverse
+
+
+def _cayley_carry(way: _Cayley, v: Tensor) -> Tensor:
+    across = way.x.mT @ v
+    beta = way.inverse @ (across - (way.turn @ across + way.u.mT @ v) / 2)
+    return v + way.x @ (2 * beta - way.turn @ beta - 2 * across) + way.u @ beta

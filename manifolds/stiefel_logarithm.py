@@ -16,6 +16,8 @@ BERNOULLI = (1 / 12, -1 / 720, 1 / 30240)
 INNER = 5
 FEWEST = 3
 """Iterations that are always run: each doubles the order to which derivatives are right."""
+FAR = 0.5
+"""Where Newton's step is zero and the end is not reached, it is off by 2: Xᵀ exp(−S) Y is symmetric there."""
 LARGEST = 10.0
 """An iterate with a velocity longer than this many √p has left: no shortest geodesic is that long."""
 
@@ -86,7 +88,7 @@ def logarithm(
     count = 0
     while count < max_iterations:
         count += 1
-        step_turn, step_lift = _step(turn, lift, gram, target, bend, rest)
+        step_turn, step_lift, off = _step(turn, lift, gram, target, bend, rest)
         with torch.no_grad():
             found = _size(step_turn, step_lift, gram) / _size(turn, lift, gram).clamp_min(
                 torch.finfo(x.dtype).tiny
@@ -94,7 +96,7 @@ def logarithm(
             lost = lost | ~(_size(turn + step_turn, lift + step_lift, gram) <= LARGEST * p**0.5)
             live = (~(done | lost))[..., None, None]
             residual = torch.where(done | lost, residual, found)
-            done = done | (~lost & (found <= limit)) if count >= FEWEST else done
+            done = done | (~lost & (found <= limit) & (off < FAR)) if count >= FEWEST else done
         turn = turn + torch.where(live, step_turn, 0.0)
         lift = lift + torch.where(live, step_lift, 0.0)
         if all_known(done | lost, unknown=False):
@@ -104,8 +106,8 @@ def logarithm(
 
 def _step(
     turn: Tensor, lift: Tensor, gram: Tensor, target: Tensor, bend: float, rest: float
-) -> tuple[Tensor, Tensor]:
-    """Newton's correction of A and C, with the series of the derivative cut off."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Newton's correction of A and C, with the series of the derivative cut off, and how far the end is off."""
     p = turn.shape[-1]
     identity = torch.eye(p, dtype=turn.dtype, device=turn.device).expand_as(turn)
     generator = blocks(2 * (1 - bend) * turn, -lift.mT @ gram, lift, torch.zeros_like(turn))
@@ -132,7 +134,7 @@ def _step(
         step_turn = step_turn + change
         step_lift = whole[..., p:, :p]
         corner = corner - whole[..., p:, p:]
-    return skew(step_turn), step_lift
+    return skew(step_turn), step_lift, missing[..., :p, :].detach().abs().amax((-2, -1))
 
 
 def _exponential_less_one(matrix: Tensor, right: Tensor) -> Tensor:
