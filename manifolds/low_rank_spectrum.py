@@ -110,8 +110,8 @@ class _Frozen(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Tensor) -> Any:
-        return inputs[0].clone()
+    def forward(value: Tensor) -> Any:
+        return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -135,8 +135,8 @@ class _FrozenForward(_Frozen):
 
 class _FrozenBasis(_Frozen):
     @staticmethod
-    def forward(*inputs: Tensor) -> Tensor:
-        return torch.linalg.qr(inputs[0])[0]
+    def forward(factor: Tensor) -> Tensor:
+        return torch.linalg.qr(factor)[0]
 
 
 class _FrozenBasisForward(_FrozenBasis, _FrozenForward):
@@ -145,8 +145,8 @@ class _FrozenBasisForward(_FrozenBasis, _FrozenForward):
 
 class _FrozenInverse(_Frozen):
     @staticmethod
-    def forward(*inputs: Tensor) -> Tensor:
-        return torch.linalg.pinv(inputs[0])
+    def forward(matrix: Tensor) -> Tensor:
+        return torch.linalg.pinv(matrix)
 
 
 class _FrozenInverseForward(_FrozenInverse, _FrozenForward):
@@ -155,8 +155,7 @@ class _FrozenInverseForward(_FrozenInverse, _FrozenForward):
 
 class _FrozenProduct(_Frozen):
     @staticmethod
-    def forward(*inputs: Tensor) -> Tensor:
-        left, right = inputs
+    def forward(left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
         return torch.linalg.qr(left, mode="r")[1] @ torch.linalg.qr(right, mode="r")[1].mT
 
 
@@ -166,8 +165,8 @@ class _FrozenProductForward(_FrozenProduct, _FrozenForward):
 
 class _FrozenSVD(_Frozen):
     @staticmethod
-    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return thin_svd(*inputs)
+    def forward(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        return thin_svd(left, right)
 
 
 class _FrozenSVDForward(_FrozenSVD, _FrozenForward):
