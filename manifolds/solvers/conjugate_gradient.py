@@ -84,7 +84,7 @@ RULES: dict[str, Callable[[Products], Tensor]] = {
 
 @dataclass(frozen=True)
 class Conjugate(Iterate):
-    """Adds the search direction (N, *point), its slope, its length and the step length to try first (N each)."""
+    """Adds the search direction (N, *point), its slope, its length and the first step to try (N each)."""
 
     direction: Tensor
     slope: Tensor

@@ -23,7 +23,7 @@ class Substitution:
 
 @dataclass(frozen=True)
 class NullSpace:
-    """The constraint X K₀ = 0: the change X maps the keys to zero, so that an edit leaves their outputs alone.
+    """The constraint X K₀ = 0: the change X maps the keys to zero, and leaves their outputs alone.
 
     For `Euclidean(ndim=2)` X is an m×n matrix, for `FixedRank(m, n)` the product L Rᵀ of the stacked factors.
     With Q an orthonormal basis of the vectors orthogonal to all keys, X = V Qᵀ (L stays, R = Q R') satisfies
@@ -58,14 +58,16 @@ class NullSpace:
         split = factor_rows(manifold)
         if split is None and not (is_flat(manifold) and manifold.ndim == 2):
             raise ManifoldError(
-                f"NullSpace: {manifold.name} is not a space of matrices; use Euclidean(ndim=2) or FixedRank(rows, columns)"
+                f"NullSpace: {manifold.name} is not a space of matrices; "
+                "use Euclidean(ndim=2) or FixedRank(rows, columns)"
             )
         columns = x0.shape[-1] if split is None else x0.shape[-2] - split
         _same_device("NullSpace: keys", self.keys, x0)
         keys = self.keys.detach().to(x0.dtype)
         if keys.shape[-2] != columns:
             raise ManifoldError(
-                f"NullSpace: keys have {keys.shape[-2]} rows, shape {tuple(keys.shape)}; the matrices have {columns} columns"
+                f"NullSpace: keys have {keys.shape[-2]} rows, shape {tuple(keys.shape)}; "
+                f"the matrices have {columns} columns"
             )
         _fits("NullSpace: keys", keys.shape[:-2], x0.shape[:-2])
         basis, free = self._complement(keys)
@@ -89,7 +91,7 @@ class NullSpace:
         return Substitution(reduced, plain(reduced.projx(start)), lift)
 
     def _complement(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """An orthonormal basis of the complement (*batch, n, d) and its dimension in each item; d is the largest.
+        """An orthonormal basis of the complement (*batch, n, d) and its dimension in each item, at most d.
 
         An item with a smaller complement has zero columns, whose unknowns f does not see.
         """
@@ -135,7 +137,8 @@ class TrustBall:
             _same_device("TrustBall: center", center, x0)
             if center.shape[center.ndim - ndim :] != x0.shape[x0.ndim - ndim :]:
                 raise ManifoldError(
-                    f"TrustBall: center has shape {tuple(center.shape)}, x0 {tuple(x0.shape)}; points must be alike"
+                    f"TrustBall: center has shape {tuple(center.shape)} and x0 {tuple(x0.shape)}; "
+                    "points must be alike"
                 )
             _fits("TrustBall: center", center.shape[: center.ndim - ndim], x0.shape[: x0.ndim - ndim])
             found = manifold.check_point_on_manifold(center, explain=True)

@@ -15,7 +15,7 @@ from manifolds.solvers.truncated_cg import truncated_cg
 
 @dataclass(frozen=True)
 class Damped(Iterate):
-    """Adds the damping, its next growth, the gradient norm at the start (N each), and JᵀJ at x if it is known."""
+    """Adds the damping, its next growth, the first gradient norm (N each), and JᵀJ at x if it is known."""
 
     damping: Tensor
     growth: Tensor

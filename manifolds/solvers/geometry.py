@@ -17,8 +17,8 @@ EMBEDDED = (geoopt.Euclidean, geoopt.Sphere, geoopt.EuclideanStiefel)
 class Geometry:
     """The operations of a manifold on a flat batch of points (N, *point).
 
-    `inner(x, u, v)`, `gradient(x, egrad)` and `transport(x, y, v)` are the manifold's `inner`, `egrad2rgrad` and
-    `transp`; x and y may lack leading dimensions of the vectors.
+    `inner(x, u, v)`, `gradient(x, egrad)` and `transport(x, y, v)` are its `inner`, `egrad2rgrad`, `transp`;
+    x and y may lack leading dimensions of the vectors.
 
     Where the Hessian comes from, in `hessian`:
 
@@ -101,7 +101,8 @@ class Geometry:
             ok, reason = self.manifold.check_point_on_manifold(x, explain=True, atol=1e-4, rtol=1e-4)
         if not ok:
             raise ManifoldError(
-                f"minimize: x0 is not on {self.name}: {reason}; start from manifold.projx(x0) or manifold.random(...)"
+                f"minimize: x0 is not on {self.name}: {reason}; "
+                "start from manifold.projx(x0) or manifold.random(...)"
             )
 
 

@@ -13,7 +13,7 @@ from manifolds.solvers.objective import Look, Problem
 
 @dataclass(frozen=True)
 class Descent(Iterate):
-    """Adds the first step length to try, whether the next is of the long kind, and the mean of values (N each)."""
+    """Adds the step to try first, whether the next is of the long kind, and the mean of values (N each)."""
 
     trial: Tensor
     long: Tensor

@@ -152,5 +152,7 @@ class LBFGS(Method[QuasiNewton]):
 
 def _push(places: Tensor, carried: Tensor, newest: Tensor) -> Tensor:
     """The places with carried vectors and a new one at the end; the first place falls out."""
-    empty = places[:, : max(0, places.shape[1] - 1 - carried.shape[1])]
-    return torch.cat([empty, carried[:, max(0, carried.shape[1] + 1 - places.shape[1]) :], newest.unsqueeze(1)], dim=1)
+    room = places.shape[1] - 1
+    empty = places[:, : max(0, room - carried.shape[1])]
+    kept = carried[:, max(0, carried.shape[1] - room) :]
+    return torch.cat([empty, kept, newest.unsqueeze(1)], dim=1)

@@ -138,7 +138,7 @@ class LineSearch:
             look = problem.look(y)
             carried = geometry.transport(x, y, direction)
             rise = geometry.inner(y, look.gradient, carried)
-            # At lengths so small that the promised decrease is lost in rounding, an equal value proves nothing.
+            # Where the promised decrease is lost in rounding, an equal value proves nothing.
             lower = (look.value < ceiling) & (look.value <= ceiling + self.decrease * alpha * slope)
             nearly = (rise >= 0.9 * slope) & (rise <= (2 * self.decrease - 1) * slope)
             good = look.finite & (lower | (nearly & (look.value <= ceiling + rounding)))

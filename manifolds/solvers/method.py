@@ -15,7 +15,7 @@ from manifolds.solvers.solution import Status
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where all items stand. Every tensor has the batch as its first dimension; methods add fields of their own.
+    """Where all items stand. Tensors have the batch as first dimension; methods add fields of their own.
 
     Attributes:
         x: the points (N, *point).
@@ -116,7 +116,8 @@ class Progress:
     def start(iterate: Iterate) -> "Progress":
         """Nothing was waited for yet."""
         norm = iterate.gradient_norm
-        return Progress(iterate.value, norm, torch.finfo(norm.dtype).eps * norm, torch.zeros_like(iterate.status))
+        floor = torch.finfo(norm.dtype).eps * norm
+        return Progress(iterate.value, norm, floor, torch.zeros_like(iterate.status))
 
     def after(self, iterate: Iterate) -> "Progress":
         """Counts a step: progress is a lower value beyond rounding, or a gradient smaller by a tenth."""

@@ -206,7 +206,7 @@ def _constraints(constraint: Any, egrad: Any, ehess: Any) -> tuple[NullSpace | N
     balls = [one for one in given if isinstance(one, TrustBall)]
     _check(
         len(nulls) + len(balls) == len(given) and len(nulls) < 2 and len(balls) < 2,
-        f"constraint is {[type(one).__name__ for one in given]}; it is a NullSpace, a TrustBall, or one of each",
+        f"constraint is {[type(one).__name__ for one in given]}; give NullSpace, TrustBall, or one of each",
     )
     _check(
         not given or (egrad is None and ehess is None), "egrad and ehess cannot be given with a constraint"
@@ -235,7 +235,8 @@ def _tolerances(tolerance: float | Tensor | None, x: Tensor, batch: torch.Size) 
         tolerances = tolerances.expand(batch)
     except RuntimeError:
         raise ManifoldError(
-            f"minimize: gradient_tolerance has shape {tuple(tolerances.shape)}; it fits the batch {tuple(batch)} or is one number"
+            f"minimize: gradient_tolerance has shape {tuple(tolerances.shape)}; "
+            f"it fits the batch {tuple(batch)} or is one number"
         ) from None
     _check(bool((tolerances >= 0).all()), "gradient_tolerance is negative or NaN; it is ≥ 0")
     return tolerances.reshape(-1)

@@ -1,4 +1,4 @@
-"""The function that is minimised: its values, gradients and products with its second derivative, for a flat batch."""
+"""The function that is minimised: values, gradients and products with the Hessian, for a flat batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -52,7 +52,7 @@ class Problem:
         ehess: the Euclidean Hessian-vector product (x, u) ↦ ∇²f u, in place of differentiation. Without it an
             `egrad` that cannot be differentiated gets its Hessian by differences, as `Geometry` does in
         general. lift: the substitution v ↦ x under which the solver sees f; identity if not given.
-        penalty: a function of one value an item that is added, with its full Hessian also where f gives residuals.
+        penalty: a function that is added, with its full Hessian also where f gives residuals.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Problem:
         return x if self.lift is None else self.lift(x)
 
     def rounding(self, value: Tensor) -> Tensor:
-        """Changes of f as small as this (N) are not seen: 10³ ε |f|, and 10⁶ ε² of the first value where f goes to zero."""
+        """Changes of f that are not seen (N): 10³ ε |f|, and 10⁶ ε² of the first value where f vanishes."""
         eps = torch.finfo(value.dtype).eps
         first = value if self.first is None else self.first
         return 1e3 * eps * torch.maximum(value.abs(), 1e3 * eps * first.abs())
@@ -133,7 +133,7 @@ class Problem:
         return difference if inexact and not self.residuals else exact
 
     def _differentiate(self, x: Tensor, second: bool) -> tuple[Tensor, Tensor, Product | None]:
-        """Value (N), Euclidean gradient and, if asked, the product with the second derivative, without a graph."""
+        """Value (N), Euclidean gradient and, if asked, the product with the Hessian, without a graph."""
         output = self._call(x)
         if self.residuals:
             return _of_residuals(x, output, second)
@@ -155,16 +155,19 @@ class Problem:
         what = "residuals" if self.residuals else "one value per item"
         if not isinstance(output, Tensor):
             raise ManifoldError(
-                f"minimize: f returned {type(output).__name__}; a tensor of shape {wanted}, {what}, is expected"
+                f"minimize: f returned {type(output).__name__}; "
+                f"a tensor of shape {wanted}, {what}, is expected"
             )
         if output.device != x.device:
             raise ManifoldError(
-                f"minimize: x0 is on {x.device} and f returned a tensor on {output.device}; move them to one device"
+                f"minimize: x0 is on {x.device} and f returned a tensor on {output.device}; "
+                "move them to one device"
             )
         shape = output.shape[:-1] if self.residuals and output.ndim else output.shape
         if shape != self.batch or (self.residuals and output.ndim == 0):
             raise ManifoldError(
-                f"minimize: f returned shape {tuple(output.shape)} for x of shape {(*self.batch, *x.shape[1:])}; "
+                f"minimize: f returned shape {tuple(output.shape)} "
+                f"for x of shape {(*self.batch, *x.shape[1:])}; "
                 f"{wanted}, {what}, is expected"
             )
         if not output.is_floating_point():

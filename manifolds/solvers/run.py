@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Run:
-    """The end of a run: the last iterate, final statuses (N), the steps of each item (N) and of the loop in all."""
+    """The end of a run: the last iterate, final statuses (N), steps of each item (N) and of the loop."""
 
     iterate: Iterate
     status: Tensor
@@ -60,7 +60,7 @@ class Run:
 def run(
     method: Method[Any], problem: Problem, x: Tensor, limits: Limits, active: Tensor | None = None
 ) -> Run:
-    """Steps from x (N, *point) until every item has stopped. Items that are not `active` (N) stay where they are."""
+    """Steps from x (N, *point) until every item has stopped. Items that are not `active` (N) stay."""
     made = limits.made
     with unchecked(), torch.no_grad():
         look = problem.look(x, curvature=method.second_order)
@@ -95,10 +95,11 @@ def run(
 
 
 def tolerance(given: Tensor | None, look: Look) -> Tensor:
-    """The tolerance of each item (N): as given, or relative to its first gradient, but not below that one's rounding."""
+    """The tolerance of each item (N): as given, or relative to its first gradient and above its rounding."""
     if given is not None:
         return given
-    rounding = 50 * torch.finfo(look.norm.dtype).eps * torch.linalg.vector_norm(look.egrad.unsqueeze(-1).flatten(1), dim=1)
+    size = torch.linalg.vector_norm(look.egrad.unsqueeze(-1).flatten(1), dim=1)
+    rounding = 50 * torch.finfo(look.norm.dtype).eps * size
     return RELATIVE_TOLERANCE.get(look.norm.dtype, 1e-4) * look.norm + rounding
 
 
@@ -125,7 +126,8 @@ def _report(limits: Limits, problem: Problem, iterate: Iterate, status: Tensor, 
         told = answer.to(status.device).reshape(-1)
     else:
         raise ManifoldError(
-            f"minimize: the callback returned {answer!r}; it returns None, True to stop, False, or which items stop, "
+            f"minimize: the callback returned {answer!r}; "
+            "it returns None, True to stop, False, or which items stop, "
             f"a boolean tensor of shape {tuple(batch)}"
         )
     return torch.where(told & (status == Status.RUNNING), int(Status.STOPPED_BY_CALLBACK), status)

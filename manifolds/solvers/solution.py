@@ -16,15 +16,15 @@ class Status(IntEnum):
     CONVERGED = 0
     """The gradient norm is within its tolerance."""
     STALLED = 1
-    """No step makes progress that this precision can see, or a step or value change fell below its tolerance."""
+    """No step makes progress that this precision can see, or a step or value change fell below its limit."""
     MAX_STEPS = 2
     """It used up its steps."""
     MAX_TIME = 3
     """The time was over."""
     NOT_FINITE = 4
-    """Value or gradient was NaN or infinite at the start, or wherever the method wanted to go; x is the last finite point."""
+    """Value or gradient was NaN or infinite at the start or wherever it wanted to go; x is finite still."""
     LINE_SEARCH_FAILED = 5
-    """No step length gives the decrease that the slope promises: the gradient is not that of f, or f is not smooth there."""
+    """No step gives the decrease that the slope promises: a wrong gradient, or f is not smooth there."""
     STOPPED_BY_CALLBACK = 6
     """The callback said so."""
     UNBOUNDED = 7
@@ -33,7 +33,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Solution:
-    """The minimisers that were found, one for each item of the batch; fields are 0-dimensional without a batch.
+    """The minimisers that were found, one an item of the batch; fields are 0-dimensional without a batch.
 
     Attributes:
         x: the points (*batch, *point), in the dtype of the start, without a graph.
@@ -80,7 +80,8 @@ class Solution:
         if not counts:
             return "no items"
         said = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        return f"{said} after {int(self.steps.max())} steps; gradient norm at most {float(self.gradient_norm.max()):.2g}"
+        steps, norm = int(self.steps.max()), float(self.gradient_norm.max())
+        return f"{said} after {steps} steps; gradient norm at most {norm:.2g}"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Region(Iterate):
 
 @dataclass(frozen=True)
 class TrustRegion(Method[Region]):
-    """Minimises a quadratic model inside a ball of tangent vectors, by conjugate gradients; converges quadratically.
+    """Minimises a quadratic model inside a ball of tangent vectors; converges quadratically.
 
     The inner iteration ends at ‖residual‖ ≤ ‖g‖ min(κ, (‖g‖/‖g₀‖)^θ), which makes the convergence of order 1
     + θ. A step is taken when ρ = (f(x) − f(R_x(η)) + δ) / (m(0) − m(η) + δ) exceeds ρ'. δ, the rounding of f,
@@ -62,7 +62,8 @@ class TrustRegion(Method[Region]):
         require(
             0 < radius <= self.max_radius,
             name,
-            f"initial_radius is {self.initial_radius} and max_radius {self.max_radius}; 0 < initial_radius ≤ max_radius",
+            f"initial_radius is {self.initial_radius} and max_radius {self.max_radius}; "
+            "0 < initial_radius ≤ max_radius",
         )
         require(
             self.max_inner is None or self.max_inner > 0,

@@ -1,4 +1,6 @@
-"""A subspace that must not change, and a ball that must not be left: against closed forms and the KKT conditions."""
+"""A subspace that must not change, a ball that must not be left: closed forms and the KKT conditions."""
+
+import math
 
 import geoopt
 import pytest
@@ -30,7 +32,8 @@ class TestNullSpace:
         hessian = torch.kron(eye, self.inputs @ self.inputs.mT)
         border = torch.kron(eye, self.keys.mT.contiguous())
         system = torch.cat([
-            torch.cat([hessian, border.mT], dim=1), torch.cat([border, torch.zeros(m * k, m * k).double()], dim=1)
+            torch.cat([hessian, border.mT], dim=1),
+            torch.cat([border, torch.zeros(m * k, m * k).double()], dim=1),
         ])  # fmt: skip
         right = torch.cat([(self.goal @ self.inputs.mT).flatten(), torch.zeros(m * k).double()])
         return torch.linalg.solve(system, right)[: m * n].reshape(m, n)
@@ -102,7 +105,8 @@ class TestNullSpace:
         with pytest.raises(ManifoldError, match=r"keys have 5 rows.*6 columns"):
             minimize(self.misfit, x0, FLAT, constraint=NullSpace(normal(5, 2)))
         with pytest.raises(ManifoldError, match="Sphere is not a space of matrices"):
-            minimize(lambda x: x[..., 0], torch.eye(3)[0], Sphere(), constraint=NullSpace(torch.eye(3)[:, :1]))
+            keys = NullSpace(torch.eye(3)[:, :1])
+            minimize(lambda x: x[..., 0], torch.eye(3)[0], Sphere(), constraint=keys)
         with pytest.raises(ManifoldError, match="NaN"):
             NullSpace(torch.full((3, 2), torch.nan))
 
@@ -176,8 +180,8 @@ class TestTrustBall:
         found = minimize(lambda x: x[..., 0], center, sphere, method, constraint=TrustBall(center, radius))
         down = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64)
         tangent = down - (down @ center) * center
-        best = center * torch.cos(torch.tensor(radius)) + tangent / tangent.norm() * torch.sin(torch.tensor(radius))
-        torch.testing.assert_close(found.x, best.double(), atol=1e-6, rtol=0)
+        best = center * math.cos(radius) + tangent / tangent.norm() * math.sin(radius)
+        torch.testing.assert_close(found.x, best, atol=1e-6, rtol=0)
         assert float(sphere.dist(center, found.x)) <= radius * (1 + 1e-14)
 
     def test_low_rank_within_a_frobenius_norm(self) -> None:

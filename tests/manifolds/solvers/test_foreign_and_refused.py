@@ -28,7 +28,9 @@ class TestGeoopt:
     def test_sphere(self, method: str) -> None:
         matrix = spd(3, 6, 6, seed=1)
         start = Sphere().projx(normal(3, 6, seed=2))
-        found = minimize(lambda x: torch.einsum("...i,...ij,...j", x, matrix, x), start, geoopt.Sphere(), method)
+        found = minimize(
+            lambda x: torch.einsum("...i,...ij,...j", x, matrix, x), start, geoopt.Sphere(), method
+        )
         torch.testing.assert_close(found.value, torch.linalg.eigvalsh(matrix)[:, 0], atol=1e-11, rtol=0)
 
     @pytest.mark.parametrize("method", METHODS)
