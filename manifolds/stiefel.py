@@ -247,19 +247,19 @@ class Stiefel(Manifold):
             ManifoldError: the iteration did not converge; under `vmap` and `torch.compile` such items are
             NaN.
         """
-        found = stiefel_logarithm.logarithm(x, y, self.bend)
-        if not stiefel_logarithm.all_known(found.converged, unknown=True):
-            count = int((~found.converged).sum())
+        vector, converged, iterations, _ = stiefel_logarithm.solve(x, y, self.bend)
+        if not stiefel_logarithm.all_known(converged, unknown=True):
+            count = int((~converged).sum())
             raise ManifoldError(
-                f"{self.name}.logmap: {count} of {found.converged.numel()} items did not converge in "
-                f"{found.iterations} iterations: the points are near the cut locus or beyond; "
+                f"{self.name}.logmap: {count} of {converged.numel()} items did not converge in "
+                f"{iterations} iterations: the points are near the cut locus or beyond; "
                 "see logarithm, which says which"
             )
-        return torch.where(found.converged[..., None, None], found.vector, torch.nan)
+        return torch.where(converged[..., None, None], vector, torch.nan)
 
     @operation
     def _logarithm(self, x: Point, y: Point, tolerance: float | None, max_iterations: int) -> Logarithm:
-        return stiefel_logarithm.logarithm(x, y, self.bend, tolerance, max_iterations)
+        return Logarithm(*stiefel_logarithm.solve(x, y, self.bend, tolerance, max_iterations))
 
     def logarithm(
         self, x: Point, y: Point, *, tolerance: float | None = None, max_iterations: int = 40

@@ -39,13 +39,13 @@ class Logarithm:
     residual: Float[Tensor, "*batch"]
 
 
-def logarithm(
+def solve(
     x: Float[Tensor, "*#batch n p"],
     y: Float[Tensor, "*#batch n p"],
     bend: float,
     tolerance: float | None = None,
     max_iterations: int = 40,
-) -> Logarithm:
+) -> tuple[Tensor, Tensor, int, Tensor]:
     """The velocity u with exp_x(u) = y, by Newton's method from u = y − x.
 
     Let K = Xᵀ(Y − X) and N = (I − X Xᵀ)(Y − X). The geodesic stays in the span of X and N, so that U = X
@@ -56,6 +56,8 @@ def logarithm(
     corrections. It uses neither QR nor SVD, so that derivatives hold where N is rank deficient (n < 2p),
     and they converge along with the values: the whole iteration is differentiated. Everything is formed
     from y − x without adding I, so that tiny distances keep full relative precision.
+
+    Returns the fields of `Logarithm`.
 
     Args:
         x: points to start from.
@@ -101,13 +103,13 @@ def logarithm(
         lift = lift + torch.where(live, step_lift, 0.0)
         if all_known(done | lost, unknown=False):
             break
-    return Logarithm(x @ turn + normal @ lift, done, count, residual)
+    return x @ turn + normal @ lift, done, count, residual
 
 
 def _step(
     turn: Tensor, lift: Tensor, gram: Tensor, target: Tensor, bend: float, rest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Newton's correction of A and C, with the series of the derivative cut off, and how far the end is off."""
+    """Newton's correction of A and C, its series cut off, and how far the end is off."""
     p = turn.shape[-1]
     identity = torch.eye(p, dtype=turn.dtype, device=turn.device).expand_as(turn)
     generator = blocks(2 * (1 - bend) * turn, -lift.mT @ gram, lift, torch.zeros_like(turn))
