@@ -94,8 +94,9 @@ class Conjugate(Iterate):
 
 @dataclass(frozen=True)
 class ConjugateGradient(Method[Conjugate]):
-    """Nonlinear conjugate gradients: d⁺ = −g⁺ + β T d, with the step length from a strong Wolfe line search.
+    """Nonlinear conjugate gradients: d⁺ = −g⁺ + β T d.
 
+    The step length comes from a strong Wolfe line search, which begins at the last one.
     T d is shortened where the transport made it longer, without which Fletcher and Reeves' rule need not
     converge. A direction that does not descend, and one whose gradient has lost its orthogonality to the last
     (Powell's test |⟨g⁺, T g⟩| ≥ ν ‖g⁺‖²), is replaced by −g⁺.
@@ -111,10 +112,10 @@ class ConjugateGradient(Method[Conjugate]):
         initial_length: the length of the first step tried.
     """
 
-    beta: str = "hager-zhang"
+    beta: str = "hybrid"
     powell: float = float("inf")
     decrease: float = 1e-4
-    curvature: float = 0.4
+    curvature: float = 0.2
     initial_length: float = 1.0
 
     steps: ClassVar[int] = 5000
@@ -174,9 +175,7 @@ class ConjugateGradient(Method[Conjugate]):
         size = torch.where(descends, size, found.norm)
         # A failed search along another direction than −g is tried again along −g.
         again = (found.step == 0) & (iterate.slope != -p.gg) & active
-        trial = found.step * iterate.slope / slope
         fresh = self.initial_length / torch.where(found.norm > 0, found.norm, 1.0)
-        usable = trial.isfinite() & (trial > 0)
         fields = found.moved(iterate, iterate.size)
         fields["status"] = torch.where(again, int(Status.RUNNING), found.status)
         return Conjugate(
@@ -184,5 +183,5 @@ class ConjugateGradient(Method[Conjugate]):
             direction=spread(beta, carried) * carried - g,
             slope=slope,
             size=size,
-            trial=torch.where(usable, trial, fresh),
+            trial=torch.where(found.step > 0, found.step, fresh),
         )

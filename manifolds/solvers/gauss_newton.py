@@ -90,8 +90,7 @@ class GaussNewton(Method[Damped]):
         def damped(u: Tensor) -> Tensor:
             return product(u) + spread(damping, u) * u
 
-        relative = norm / torch.where(iterate.first_norm > 0, iterate.first_norm, 1.0)
-        target = norm * (relative**self.theta).clamp(max=self.kappa)
+        target = problem.residual_goal(norm, iterate.first_norm, self.theta, self.kappa)
         limit = self.max_inner or max(1, 2 * geometry.dimension(x))
         far = torch.full_like(norm, torch.inf)
         model = truncated_cg(geometry, x, iterate.gradient, damped, far, target, active, limit)

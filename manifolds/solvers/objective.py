@@ -71,11 +71,18 @@ class Problem:
         self.f, self.geometry, self.batch = f, geometry, batch
         self.residuals, self.egrad, self.ehess = residuals, egrad, ehess
         self.first: Tensor | None = None
+        self.goal: Tensor | None = None
 
     def shown(self, x: Tensor) -> Tensor:
         """Points (N, *point) of the solver as the caller knows them (*batch, *point)."""
         x = x.reshape(self.batch + x.shape[1:])
         return x if self.lift is None else self.lift(x)
+
+    def residual_goal(self, norm: Tensor, first: Tensor, theta: float, kappa: float) -> Tensor:
+        """The residual to solve a model to (N): ‖g‖ min(κ, (‖g‖/‖g₀‖)^θ), or a tenth of the tolerance."""
+        relative = norm / torch.where(first > 0, first, 1.0)
+        target = norm * (relative**theta).clamp(max=kappa)
+        return target if self.goal is None else torch.maximum(target, 0.1 * self.goal)
 
     def rounding(self, value: Tensor) -> Tensor:
         """Changes of f that are not seen (N): 10³ ε |f|, and 10⁶ ε² of the first value where f vanishes."""

@@ -66,7 +66,8 @@ def run(
         look = problem.look(x, curvature=method.second_order)
         problem.first = look.value
         iterate = method.init(problem, look)
-        stop = Stop(tolerance(limits.gradient, look), limits.step, limits.value, method.patience)
+        problem.goal = tolerance(limits.gradient, look)
+        stop = Stop(problem.goal, limits.step, limits.value, method.patience)
         status = stop.converged(iterate, iterate.status)
         awake = torch.ones_like(look.finite) if active is None else active
         steps, progress = torch.zeros_like(status), Progress.start(iterate)

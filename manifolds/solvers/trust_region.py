@@ -26,9 +26,9 @@ class Region(Iterate):
 class TrustRegion(Method[Region]):
     """Minimises a quadratic model inside a ball of tangent vectors; converges quadratically.
 
-    The inner iteration ends at ‖residual‖ ≤ ‖g‖ min(κ, (‖g‖/‖g₀‖)^θ), which makes the convergence of order 1
-    + θ. A step is taken when ρ = (f(x) − f(R_x(η)) + δ) / (m(0) − m(η) + δ) exceeds ρ'. δ, the rounding of f,
-    lets steps pass near the minimum, where f cannot show their gain.
+    The inner iteration ends at ‖residual‖ ≤ ‖g‖ min(κ, (‖g‖/‖g₀‖)^θ), or a tenth of the tolerance, which
+    makes the convergence of order 1 + θ. A step is taken when ρ = (f(x) − f(R_x(η)) + δ) / (m(0) − m(η) + δ)
+    exceeds ρ'. δ, the rounding of f, lets steps pass near the minimum, where f cannot show their gain.
 
     Source: Absil, Baker and Gallivan, "Trust-region methods on Riemannian manifolds" (2007). δ: Conn, Gould
     and Toint, "Trust-Region Methods" (2000), section 17.4.2.
@@ -88,8 +88,7 @@ class TrustRegion(Method[Region]):
         product = iterate.product or problem.look(x, curvature=True).product
         assert product is not None
         extra = (~iterate.moved).long()
-        relative = norm / torch.where(iterate.first_norm > 0, iterate.first_norm, 1.0)
-        target = norm * (relative**self.theta).clamp(max=self.kappa)
+        target = problem.residual_goal(norm, iterate.first_norm, self.theta, self.kappa)
         limit = self.max_inner or max(1, geometry.dimension(x))
         model = truncated_cg(geometry, x, iterate.gradient, product, iterate.radius, target, active, limit)
         look = problem.look(geometry.retract(x, model.step), curvature=True)

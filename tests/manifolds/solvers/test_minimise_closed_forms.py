@@ -47,9 +47,9 @@ def test_rayleigh_quotients_end_at_the_least_eigenvalue(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_brockett_cost_sorts_eigenvectors(method: str) -> None:
-    matrix, weights = symmetric(4, 8, 8, seed=3), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    matrix, weights = symmetric(2, 6, 6, seed=3), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
     manifold = Stiefel()
-    start = manifold.projx(normal(4, 8, 3, seed=4))
+    start = manifold.projx(normal(2, 6, 3, seed=4))
     found = minimize(lambda x: (x * (matrix @ x) * weights).sum((-1, -2)), start, manifold, method)
     values, vectors = torch.linalg.eigh(matrix)
     torch.testing.assert_close(found.value, (values[:, :3] * weights).sum(-1), atol=1e-11, rtol=1e-11)
@@ -197,3 +197,44 @@ def test_the_same_minimum_as_pymanopt(method: str) -> None:
     near = Stiefel().projx(torch.from_numpy(peer.point) + 0.05 * normal(10, 3, seed=21))
     found = minimize(lambda x: -(a.mT @ x).pow(4).sum((-1, -2)), near, Stiefel(), method)
     assert float(found.value) == pytest.approx(peer.cost, rel=1e-9)
+
+
+RULES = ["fletcher-reeves", "polak-ribiere", "polak-ribiere+", "hestenes-stiefel", "dai-yuan", "hager-zhang"]
+
+
+@pytest.mark.parametrize("beta", [*RULES, "hybrid"])
+@pytest.mark.parametrize("powell", [0.2, float("inf")])
+def test_every_rule_of_conjugate_gradients(beta: str, powell: float) -> None:
+    matrix = symmetric(3, 6, 6, seed=22)
+    start = Sphere().projx(normal(3, 6, seed=23))
+    found = minimize(
+        lambda x: torch.einsum("...i,...ij,...j", x, matrix, x), start, Sphere(), "conjugate-gradient",
+        beta=beta, powell=powell,
+    )  # fmt: skip
+    torch.testing.assert_close(found.value, torch.linalg.eigvalsh(matrix)[:, 0], atol=1e-11, rtol=0)
+    assert bool(found.converged.all())
+
+
+@pytest.mark.parametrize("beta", RULES)
+def test_conjugate_gradients_solve_linear_systems_in_few_steps(beta: str) -> None:
+    """With nearly exact searches every rule is the linear method, which ends after as many steps as unknowns."""
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64))
+    found = minimize(
+        lambda x: torch.einsum("...i,ij,...j", x, matrix, x) / 2 - x.sum(-1),
+        torch.zeros(5).double(), geoopt.Euclidean(ndim=1), "conjugate-gradient",
+        beta=beta, curvature=2e-4, decrease=1e-4, gradient_tolerance=1e-6,
+    )  # fmt: skip
+    assert int(found.steps) <= 8
+    torch.testing.assert_close(found.x, 1 / matrix.diagonal(), atol=1e-5, rtol=0)
+
+
+def test_the_trust_region_converges_quadratically() -> None:
+    """Near the end ‖g‖ falls to about its square, in units of its first size: the order is at least 1.7."""
+    matrix, norms = symmetric(12, 12, seed=24), []
+    start = Sphere().projx(normal(12, seed=25))
+    minimize(
+        lambda x: torch.einsum("...i,ij,...j", x, matrix, x) + x.pow(4).sum(-1), start, Sphere(),
+        gradient_tolerance=1e-13, callback=lambda state: norms.append(float(state.gradient_norm)),
+    )  # fmt: skip
+    tail = torch.tensor([norm for norm in norms if norm > 1e-13], dtype=torch.float64).log()[-3:]
+    assert float((tail[2] - tail[1]) / (tail[1] - tail[0])) > 1.7
