@@ -74,7 +74,7 @@ class Solution:
             >>> from manifolds import Sphere
             >>> from manifolds.solvers import minimize
             >>> minimize(lambda x: x[..., 0], torch.tensor([0.6, 0.8]), Sphere()).describe()
-            '1 CONVERGED after 4 steps; gradient norm at most ...'
+            '1 CONVERGED after 5 steps; gradient norm at most ...'
         """
         counts = Counter(Status(number).name for number in self.status.flatten().tolist())
         if not counts:

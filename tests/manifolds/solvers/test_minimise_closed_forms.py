@@ -217,7 +217,7 @@ def test_every_rule_of_conjugate_gradients(beta: str, powell: float) -> None:
 
 @pytest.mark.parametrize("beta", RULES)
 def test_conjugate_gradients_solve_linear_systems_in_few_steps(beta: str) -> None:
-    """With nearly exact searches every rule is the linear method, which ends after as many steps as unknowns."""
+    """With nearly exact searches every rule is the linear method, which ends after five steps or so."""
     matrix = torch.diag(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64))
     found = minimize(
         lambda x: torch.einsum("...i,ij,...j", x, matrix, x) / 2 - x.sum(-1),
