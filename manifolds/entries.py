@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from manifolds.errors import ManifoldError
+from manifolds.matrix_functions import forward_rule, mapped_first
 
 
 class Entries:
@@ -143,13 +144,13 @@ class _Sampled(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], left: Tensor, right: Tensor, pattern: _Pattern) -> Any:
-        left, right = _lead(info, in_dims[0], left), _lead(info, in_dims[1], right)
+        left, right = mapped_first(info, in_dims[:2], left, right)
         return _sampled(left, right, pattern), 0
 
     @staticmethod
     def jvp(ctx: Any, d_left: Tensor, d_right: Tensor, _: None) -> Tensor:
-        left, right = ctx.saved_tensors
-        return _sampled(d_left, right, ctx.pattern) + _sampled(left, d_right, ctx.pattern)
+        with forward_rule(ctx) as (left, right):
+            return _sampled(d_left, right, ctx.pattern) + _sampled(left, d_right, ctx.pattern)
 
 
 class _Weighted(Function):
@@ -175,17 +176,10 @@ class _Weighted(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], values: Tensor, right: Tensor, pattern: _Pattern) -> Any:
-        values, right = _lead(info, in_dims[0], values), _lead(info, in_dims[1], right)
+        values, right = mapped_first(info, in_dims[:2], values, right)
         return _weighted(values, right, pattern), 0
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, d_right: Tensor, _: None) -> Tensor:
-        values, right = ctx.saved_tensors
-        return _weighted(d_values, right, ctx.pattern) + _weighted(values, d_right, ctx.pattern)
-
-
-def _lead(info: Any, dim: int | None, tensor: Tensor) -> Tensor:
-    """The tensor with the mapped dimension in front, repeated where it is not mapped."""
-    if dim is None:
-        return tensor.expand(info.batch_size, *tensor.shape)
-    return tensor.movedim(dim, 0)
+        with forward_rule(ctx) as (values, right):
+            return _weighted(d_values, right, ctx.pattern) + _weighted(values, d_right, ctx.pattern)

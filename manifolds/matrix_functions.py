@@ -7,6 +7,8 @@ derivatives from Sylvester equations, which have no gaps. They are differentiabl
 and reverse mode, under `vmap` and `torch.compile`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,8 +86,9 @@ def eigh_finite(
 def exponential(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """The matrix exponential, to rounding for one matrix as for many.
 
-    torch 2.13's `matrix_exp` takes another path for a single matrix, with Taylor polynomials of too low a degree: it
-    is off by up to 2e-10 in float64 and 3e-5 in float32, in its derivatives, too. Two copies take the good one.
+    torch 2.13's `matrix_exp` takes another path for a single matrix, with Taylor polynomials of too low a
+    degree: it is off by up to 2e-10 in float64 and 3e-5 in float32, in its derivatives, too. Two copies take
+    the good one.
     """
     if matrix.shape[:-2].numel() != 1:
         return torch.linalg.matrix_exp(matrix)
@@ -93,13 +96,35 @@ def exponential(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n 
     return torch.linalg.matrix_exp(torch.cat([flat, flat.detach()]))[:1].reshape(matrix.shape)
 
 
+@contextmanager
+def forward_rule(ctx: Any) -> Iterator[tuple[Tensor, ...]]:
+    """The saved tensors of an autograd function, for the body of its `jvp`: a `jvp` around it is then right.
+
+    torch 2.13 runs the rule with forward mode switched off at every level, so that `jvp` of `jvp` comes out
+    wrong without a word. Here it is switched on again, and the tangent of the innermost level, which the rule
+    itself is about, is taken off what was saved.
+    """
+    with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(torch.autograd.forward_ad.unpack_dual(saved, level=0)[0] for saved in ctx.saved_tensors)
+
+
 def _choose(plain: type[Function], forward: type[Function]) -> Any:
     """The variant with a forward-mode rule; where `torch.compile` traces, which takes none, the other."""
     return plain if torch.compiler.is_compiling() else forward
 
 
+def mapped_first(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> list[Tensor]:
+    """The tensors of an autograd function's `vmap`, the mapped dimension first, made where there is none."""
+    found = []
+    for dim, tensor in zip(in_dims, tensors, strict=True):
+        found.append(tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0))
+    return found
+
+
 class _Sylvester(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], positive: Tensor, right: Tensor) -> tuple[Tensor, int]:
+        return solve_sylvester(*mapped_first(info, in_dims, positive, right)), 0
 
     @staticmethod
     def forward(positive: Tensor, right: Tensor) -> Tensor:
@@ -122,12 +147,14 @@ class _Sylvester(Function):
 class _SylvesterForward(_Sylvester):
     @staticmethod
     def jvp(ctx: Any, d_positive: Tensor, d_right: Tensor) -> Tensor:
-        positive, solution = ctx.saved_tensors
-        return solve_sylvester(positive, d_right - d_positive @ solution - solution @ d_positive)
+        with forward_rule(ctx) as (positive, solution):
+            return solve_sylvester(positive, d_right - d_positive @ solution - solution @ d_positive)
 
 
 class _SquareRoot(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], matrix: Tensor) -> tuple[Tensor, int]:
+        return sqrtm_spd(*mapped_first(info, in_dims, matrix)), 0
 
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
@@ -148,12 +175,14 @@ class _SquareRoot(Function):
 class _SquareRootForward(_SquareRoot):
     @staticmethod
     def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
-        (root,) = ctx.saved_tensors
-        return solve_sylvester(sym(root), d_matrix)
+        with forward_rule(ctx) as (root,):
+            return solve_sylvester(sym(root), d_matrix)
 
 
 class _Polar(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], matrix: Tensor) -> tuple[Tensor, int]:
+        return polar(*mapped_first(info, in_dims, matrix)), 0
 
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
@@ -175,8 +204,8 @@ class _Polar(Function):
 class _PolarForward(_Polar):
     @staticmethod
     def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
-        matrix, factor = ctx.saved_tensors
-        return _polar_derivative(matrix, factor, d_matrix)
+        with forward_rule(ctx) as (matrix, factor):
+            return _polar_derivative(matrix, factor, d_matrix)
 
 
 def _polar_derivative(matrix: Tensor, factor: Tensor, change: Tensor) -> Tensor:
@@ -189,7 +218,9 @@ def _polar_derivative(matrix: Tensor, factor: Tensor, change: Tensor) -> Tensor:
 
 
 class _Rotation(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], matrix: Tensor) -> tuple[Tensor, int]:
+        return nearest_rotation(*mapped_first(info, in_dims, matrix)), 0
 
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
@@ -213,8 +244,8 @@ class _Rotation(Function):
 class _RotationForward(_Rotation):
     @staticmethod
     def jvp(ctx: Any, d_matrix: Tensor) -> Tensor:
-        matrix, rotation = ctx.saved_tensors
-        return _turn(matrix, rotation, d_matrix)
+        with forward_rule(ctx) as (matrix, rotation):
+            return _turn(matrix, rotation, d_matrix)
 
 
 def _turn(matrix: Tensor, rotation: Tensor, change: Tensor) -> Tensor:

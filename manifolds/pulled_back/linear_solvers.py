@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from manifolds.matrix_functions import forward_rule
+
 Product = Callable[[Tensor], Tensor]
 DIRECT = 64
 """The size of a block tridiagonal system below which one Cholesky factorisation is the quickest."""
@@ -162,4 +164,5 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return _Solve.apply(tangent, ctx.solver)
+        with forward_rule(ctx):
+            return _Solve.apply(tangent, ctx.solver)

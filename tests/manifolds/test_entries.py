@@ -87,3 +87,15 @@ def test_factors_of_another_shape():
     entries = Entries(torch.tensor([0]), torch.tensor([0]), (4, 3))
     with pytest.raises(ManifoldError, match=r"shape \(3, 4\), not \(4, 3\)"):
         entries(torch.zeros(3, 2), torch.zeros(4, 2))
+
+
+def test_a_second_derivative_by_forward_mode_twice(device):
+    rows, columns = places(4, 3, 7, device)
+    entries = Entries(rows, columns, (4, 3))
+    x = torch.randn(7, 2, dtype=torch.float64, device=device)
+
+    def twice(value):
+        return torch.func.jacfwd(torch.func.jacfwd(value))(x)
+
+    found = twice(lambda x: (entries.of(x) ** 3).sum())
+    torch.testing.assert_close(found, twice(lambda x: ((x[:4] @ x[4:].mT)[rows, columns] ** 3).sum()))

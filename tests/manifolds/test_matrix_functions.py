@@ -70,3 +70,33 @@ def test_the_nearest_rotation_turns_a_reflection_round() -> None:
     matrix = torch.diag(torch.tensor([3.0, 2.0, -1.0], dtype=F64))
     torch.testing.assert_close(nearest_rotation(matrix), torch.eye(3, dtype=F64))
     assert float(torch.linalg.det(nearest_rotation(-normal(4, 3, 3, seed=5))).sub(1).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("function", "point"),
+    [
+        (sqrtm_spd, torch.diag(torch.tensor([2.0, 2.0, 5.0]))),
+        (polar, torch.eye(4, 3) * 2.0),
+        (nearest_rotation, torch.eye(3) * 2.0),
+        (lambda h: solve_sylvester(h, h @ h + torch.ones(3, 3, dtype=h.dtype)), torch.eye(3)),
+    ],
+    ids=["square root", "polar", "rotation", "sylvester"],
+)
+def test_every_order_of_modes_gives_the_same_second_derivative(function, point) -> None:
+    """Two forward passes in particular: torch runs an autograd function's own rule with forward mode off."""
+    point = point.double()
+    way = torch.linspace(-1, 1, point.numel(), dtype=torch.float64).reshape(point.shape)
+    if point.shape[0] == point.shape[1]:
+        way = way + way.mT
+    forward, reverse = torch.func.jacfwd, torch.func.jacrev
+    step = 1e-4
+    ends = [function(point + t * way) for t in (-step, 0.0, step)]
+    expected = (ends[0] - 2 * ends[1] + ends[2]) / step**2
+    for outer, inner in ((forward, forward), (forward, reverse), (reverse, forward), (reverse, reverse)):
+        second = outer(inner(function))(point).flatten(3).flatten(-1)
+        found = second.reshape(*expected.shape, way.numel(), way.numel()) @ way.flatten() @ way.flatten()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    mapped = torch.func.vmap(
+        lambda x: torch.func.jvp(lambda y: torch.func.jvp(function, (y,), (way,))[1], (x,), (way,))[1]
+    )
+    torch.testing.assert_close(mapped(torch.stack([point, point]))[1], expected, rtol=1e-6, atol=1e-6)
