@@ -35,6 +35,12 @@ class FactorPairs(Manifold):
             raise ManifoldError(f"FixedRank: {rows} rows and {columns} columns; both are at least 1")
         self.rows, self.columns = rows, columns
         self.name = f"FixedRank({rows}, {columns})"
+        self.example_shape = (rows + columns, max(1, min(rows, columns) // 2))
+
+    def embedding(self, x: Float[Tensor, "*batch p r"]) -> Float[Tensor, "*batch m n"]:
+        """The dense matrix W = L Rᵀ, the same for all factors of it; for `check`, no operation forms it."""
+        left, right = self._split(x)
+        return left @ right.mT
 
     def dimension(self, point: Tensor | Sequence[int]) -> int:
         """(m + n − r) r."""
