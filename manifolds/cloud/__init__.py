@@ -1,0 +1,1 @@
+"""Manifolds learned from samples: neighbours, local charts, and what is built on them."""
