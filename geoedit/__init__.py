@@ -1,6 +1,6 @@
 """Change or read one thing inside a neural network, and know beforehand whether it will work."""
 
-from geoedit import testbeds
+from geoedit import pullback, testbeds
 from geoedit.activations import Activations, Moments, Statistics, collect, run_with, statistics
 from geoedit.anatomy import Anatomy, Block, Location, Stack, anatomy
 from geoedit.concept import Concept, Prompt, Template, concepts
@@ -49,6 +49,7 @@ __all__ = [
     "diagnose",
     "load_edit",
     "load_model",
+    "pullback",
     "run_with",
     "statistics",
     "testbeds",

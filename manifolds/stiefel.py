@@ -244,8 +244,8 @@ class Stiefel(Manifold):
         Euclidean metric, 0.91 π for the canonical one).
 
         Raises:
-            ManifoldError: the iteration did not converge; under `vmap` and `torch.compile` such items are
-            NaN.
+            ManifoldError: the iteration did not converge; under `vmap` and `torch.compile` such items
+                are NaN.
         """
         vector, converged, iterations, _ = stiefel_logarithm.solve(x, y, self.bend)
         if not stiefel_logarithm.all_known(converged, unknown=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import geoedit
+import manifolds
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
 PRELUDE = """
@@ -41,14 +42,16 @@ def test_guide_runs(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page}.md, block {number}", "exec"), namespace)
 
 
-def test_architecture_names_every_module():
+@pytest.mark.parametrize("floor", ["manifolds", "geoedit"])
+def test_architecture_names_every_module(floor):
     text = (GUIDE.parent / "architecture.md").read_text()
-    package = GUIDE.parents[1] / "geoedit"
+    package = GUIDE.parents[1] / floor
     hidden = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
     names = [f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir()]
     assert [name for name in names if name.strip("/") not in hidden and f"`{name}`" not in text] == []
 
 
-def test_api_page_lists_every_public_name():
-    text = (GUIDE.parent / "api" / "geoedit.md").read_text()
-    assert [name for name in geoedit.__all__ if f"`{name}`" not in text] == []
+@pytest.mark.parametrize("floor", [manifolds, geoedit])
+def test_api_page_lists_every_public_name(floor):
+    text = (GUIDE.parent / "api" / f"{floor.__name__}.md").read_text()
+    assert [name for name in floor.__all__ if f"`{name}`" not in text] == []

@@ -38,6 +38,7 @@ class RiemannianAdam(RiemannianOptimizer):
     - `foreach` stacks parameters of equal shape, dtype, device, manifold and age into one batch (default:
       on).
     - Half-precision parameters have states in float32 and are stepped in float32.
+    - `maximize=True` climbs.
     - `max_norm` clips the group's gradient in the metric before the step, see `clip_grad_norm_`.
     - `stabilize=k` projects the points onto the manifold, and the moments into the tangent space, every k
       steps.
@@ -54,7 +55,6 @@ class RiemannianAdam(RiemannianOptimizer):
             does nothing.
         amsgrad: divides by the largest v so far.
         decoupled_weight_decay: adds −ηλ times the gradient of ‖x‖²/2 to the step instead (AdamW).
-        maximize: climbs.
 
     Raises:
         ManifoldError: an option out of range, a point off its manifold, a sparse, complex or non-finite

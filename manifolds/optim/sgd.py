@@ -27,7 +27,6 @@ class RiemannianSGD(RiemannianOptimizer):
         dampening: τ.
         weight_decay: λ. Adds λx to the Euclidean gradient.
         nesterov: looks ahead; needs momentum and no dampening.
-        maximize: climbs.
 
     The other options are those of `RiemannianAdam`.
 
