@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manifolds.curvature.regression import TILTS, least_squares, noise_of, rows_in_use
+from manifolds.curvature.regression import TILTS, base_weight, least_squares, noise_of, rows_in_use
 from manifolds.curvature.span import Span
 
 ROUNDS = 2
@@ -34,16 +34,19 @@ def form_along(
     squares = (rows * rows).sum(-1)
     flat = (tangential * tangential).sum(-1)
     cosine = (tangential @ unit[..., None])[..., 0] ** 2 / flat.clamp_min(1e-300)
-    origin = torch.zeros_like(normal[:, :1])
+    origin, used = torch.zeros_like(normal[:, :1]), torch.ones_like(flat)[..., None]
     for step in range(ROUNDS + 1):
         moved = squares - 2 * (normal @ origin.mT)[..., 0] + (origin * origin).sum(-1) - noise[:, None]
         half = torch.where(flat > 1e-12 * flat.mean(1, keepdim=True), moved.clamp_min(0) / 2, 0.0)
         bends = torch.stack([half * cosine, half * (1 - cosine)], -1)
         design = torch.cat([torch.ones_like(bends[..., :1]), tangential, bends], -1)
-        fit = least_squares(design, normal - origin, weights=step == ROUNDS)
+        fit = least_squares(design * used, (normal - origin) * used, weights=step == ROUNDS)
         if step < ROUNDS:
             origin = origin + fit.values[:, :1]
             if anchored:
+                whole = torch.linalg.vector_norm(fit.residual, dim=(1, 2)) ** 2
+                whole = whole / max(1, design.shape[1] - design.shape[2])
+                used = torch.cat([base_weight(whole, noise)[:, None, None], used[:, 1:]], 1)
                 size = (origin * origin).sum(-1, keepdim=True)
                 origin = origin * (noise[:, None, None] / size.clamp_min(1e-300)).clamp_max(1).sqrt()
     values, weights = fit.values[:, -2:], fit.weights[:, -2:]

@@ -1,14 +1,15 @@
 """Local quadratic regression of a neighbourhood's normal part on its tangential part, in chords.
 
 Over a point of a manifold, a neighbour y has a tangential part t and a normal part n = ½ II(t, t) + O(|t|³).
-A least-squares fit of that is badly biased, for in d dimensions the neighbours are far. Four things mend it.
+A least-squares fit of that is badly biased, for in d dimensions the neighbours are far. Five things mend it.
 
 - **Chords.** On a sphere of any radius, n = ½ |y|² II(t̂, t̂) with t̂ = t/|t| holds exactly, at any
   distance: this is the formula by which Federer (Curvature measures, 1959, theorem 4.18) reads the reach off
   a set. So the regressors are tᵢtⱼ |y|²/|t|², which agree with tᵢtⱼ to the order that defines II.
 - **Intercept, linear terms, re-tilts.** The intercept takes the noise of the base point, the linear terms the
-  error of the tangent; the tangent is tilted by them and all is fitted again, twice. The base point is an
-  observation like the others, at t = 0, so the intercept is known as well as any of them.
+  error of the tangent; the tangent is tilted by them and all is fitted again, twice.
+- **The base point** is an observation too, at t = 0, with the noise of the others but without their misfit,
+  for the expansion is about it. It weighs as much more as noise and misfit are more than noise.
 - **Noise is not misfit.** The noise is read from directions that hold nothing else (`Span.noise`) and is at
   most the residual. Only that much is taken off |y|² and only so far is the base point moved.
 - **Cross-fitting.** The square of a fitted coefficient is too large by its variance. Each neighbour's noise
@@ -31,6 +32,8 @@ PLAIN_IF_BETTER = 0.8
 they are used: on a paraboloid, seen from its apex, they are exact."""
 SURPRISING = 1.3
 """They are tried only where the error is more than noise accounts for, by this factor."""
+HEAVIEST = 1000.0
+"""The most that the base point may weigh; by then the fit passes through it."""
 SINGULAR = 1e-9
 """Below this the squared pivot of a standardised regressor says that it follows from the others."""
 RELIABLE = 1.0
@@ -80,7 +83,7 @@ def unknowns(dim: int) -> int:
 def fit_quadratic(neighbourhood: Span, dim: int, *, anchored: bool) -> QuadraticFit:
     """The regression at every base point; `anchored` says that the base points belong to the sample."""
     used = rows_in_use(neighbourhood, anchored=anchored)
-    effective = used.sum(1)
+    effective = (used > 0).sum(1)
     fit = _fit(neighbourhood, dim, used, anchored=anchored, chords=True)
     # Where noise alone explains the error, no other regressors can do better. With no more normal directions
     # than the curvature itself fills, noise is not known apart from it.
@@ -129,9 +132,12 @@ def _fit(neighbourhood: Span, dim: int, used: Tensor, *, anchored: bool, chords:
     for _ in range(TILTS):
         design, moved, tangential = _design(rows, squares, tangent, origin, noise, used, chords=chords)
         values, left = _tilt(design, moved, tangential, tangent)
-        noise = noise_of(left, neighbourhood, used.sum(1) - design.shape[-1])
+        free = (used > 0).sum(1) - design.shape[-1]
+        noise = noise_of(left, neighbourhood, free)
         origin = origin + values[:, :1]
         if anchored:
+            whole = left / free.clamp_min(1) + neighbourhood.outside
+            used = torch.cat([base_weight(whole, noise)[:, None], used[:, 1:]], 1)
             length = (origin * origin).sum(-1, keepdim=True)
             origin = origin * (noise[:, None, None] / length.clamp_min(1e-300)).clamp_max(1).sqrt()
         tangent = torch.linalg.qr(tangent + values[:, 1 : 1 + dim].mT).Q
@@ -161,6 +167,11 @@ def _design(
         products = products * chord_factors(tangential, lengths)[..., None]
     design = torch.cat([torch.ones_like(products[..., :1]), tangential, products], -1)
     return design * used[..., None], moved * used[..., None], tangential * used[..., None]
+
+
+def base_weight(whole: Float[Tensor, "b"], noise: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+    """The factor of the base point's row, the root of (noise + misfit) / noise."""
+    return (whole / noise.clamp_min(1e-300)).clamp(1, HEAVIEST).sqrt()
 
 
 def _total(rows: Tensor) -> Tensor:
@@ -209,7 +220,7 @@ class Solution:
         singular: whether the regressors are dependent.
         weights: each coefficient as a combination of the rows.
         noise_of_rows: ⟨row, row − its prediction by the others⟩, the cross-fitted variance.
-        left_out_error: the sum of the squares of each row less its prediction by the others.
+        left_out_error: the sum of the squares of each row, but the first, less its prediction by the others.
         design: the regressors.
         tangent: the tangent basis that the rows were split by.
     """
@@ -244,7 +255,7 @@ def least_squares(design: Tensor, normal: Tensor, *, weights: bool = False) -> S
         singular=singular,
         weights=rows / scale.mT,
         noise_of_rows=(normal * residual).sum(-1) / kept,
-        left_out_error=((residual * residual).sum(-1) / kept**2).sum(-1),
+        left_out_error=((residual * residual).sum(-1) / kept**2)[:, 1:].sum(-1),
         design=design,
         tangent=normal[:, :0],
     )
