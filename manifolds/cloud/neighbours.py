@@ -22,7 +22,7 @@ KEPT_ELEMENTS = 2**21
 """How many numbers the differences of a block may hold."""
 CACHED_ELEMENTS = 2**18
 """How many of them are taken at a time on the CPU, so that they stay in its cache."""
-SPARE = 16
+SPARE = 8
 """How many candidates more than asked for are proposed."""
 
 

@@ -260,9 +260,11 @@ def _estimate(block: Block, dim: int, anchored: bool) -> tuple[Tensor, ...]:
     needed = dim + 4 if fit is None else unknowns(dim) + 1
     state = torch.where(used < needed, SAME, state)
     lifted = found.lift(torch.cat([tangent, normal, trace[..., None] / dim], -1))
-    # Where the neighbours span fewer dimensions, some normals lift to nothing; QR puts others in their place.
-    frame, triangle = torch.linalg.qr(lifted[..., :-1])
-    frame = frame * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]
+    frame = lifted[..., :-1]
+    if not found.full:
+        # Some normals lift to nothing; QR puts others in their place and may turn the rest around.
+        frame, triangle = torch.linalg.qr(frame)
+        frame = frame * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]
     bases = frame[..., :dim], frame[..., dim:]
     return (*bases, whole, lifted[..., -1], scalar, ratio, noise, inner_noise, state)
 

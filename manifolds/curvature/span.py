@@ -37,6 +37,7 @@ class Span:
         outside: mean squared distance of the centred rows from the kept subspace.
         noise: total variance of one point that spreads evenly over all directions but `dim`; the median of
             the spectrum gives it, so that structure in few directions does not count.
+        full: whether every coordinate has an extent, so that all of them lift to unit vectors.
         leading: the directions of largest variance, `dim` of them, to single precision.
     """
 
@@ -47,6 +48,7 @@ class Span:
     spread: Float[Tensor, "b"]
     outside: Float[Tensor, "b"]
     noise: Float[Tensor, "b"]
+    full: bool
     leading: Float[Tensor, "b r d"]
     _rows: Float[Tensor, "b c D"]
     _mixing: Float[Tensor, "b e r"]
@@ -55,7 +57,8 @@ class Span:
     def lift(self, vectors: Float[Tensor, "b r a"]) -> Float[Tensor, "b D a"]:
         """Vectors of the span in ambient coordinates."""
         mixed = self._mixing @ vectors
-        return self._rows.mT @ mixed if self._by_rows else mixed
+        # In this order the long rows are read as they lie in memory.
+        return (mixed.mT @ self._rows).mT if self._by_rows else mixed
 
 
 def span(between: Float[Tensor, "b c D"], order: Int[Tensor, "b k"], dim: int) -> Span:
@@ -116,6 +119,7 @@ def span(between: Float[Tensor, "b c D"], order: Int[Tensor, "b k"], dim: int) -
         spread=squares[:, 1:].mean(1) - offset,
         outside=(total - torch.linalg.vector_norm(coordinates, dim=(1, 2)) ** 2).clamp_min(0) / (count - 1),
         noise=_noise(values, count, ambient, dim),
+        full=bool((values[:, rank - 1] > 0).all()),
         leading=torch.eye(rank, dim, dtype=gram.dtype, device=gram.device).expand(len(gram), rank, dim),
         _rows=between,
         _mixing=mixing,
