@@ -33,11 +33,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Family:
-    """Problems of one kind: our manifold, the cost of a batch, the start, the peer's problem by number."""
+    """Problems of one kind: our manifold, the cost of some with their data, the start, the peer's problem."""
 
     name: str
     manifold: Any
-    cost: Callable[[Tensor], Tensor]
+    cost: Callable[[Tensor, Tensor], Tensor]
+    data: Tensor
     start: Tensor
     peer: Callable[[int], tuple[Any, Any]]
 
@@ -72,6 +73,7 @@ def solve(family: Family, method: str, settings: Settings) -> dict[str, Any]:
             family.start,
             family.manifold,
             method=method,
+            data=[family.data],
             gradient_tolerance=settings.tolerance,
             max_steps=1000,
         )
@@ -134,10 +136,10 @@ def sphere(settings: Settings) -> Family:
         )
         return problem, start[number].cpu().numpy().copy()
 
-    def cost(x: Tensor) -> Tensor:
-        return torch.einsum("...i,...ij,...j->...", x, matrix, x)
+    def cost(x: Tensor, matrix: Tensor) -> Tensor:
+        return (x * (matrix @ x.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
-    return Family("sphere in 10 dimensions, Rayleigh", manifold, cost, start, peer)
+    return Family("sphere in 10 dimensions, Rayleigh", manifold, cost, matrix, start, peer)
 
 
 def stiefel(settings: Settings) -> Family:
@@ -162,10 +164,10 @@ def stiefel(settings: Settings) -> Family:
         )
         return problem, start[number].cpu().numpy().copy()
 
-    def cost(x: Tensor) -> Tensor:
+    def cost(x: Tensor, matrix: Tensor) -> Tensor:
         return (x * (matrix @ x) * weights).sum((-1, -2))
 
-    return Family("Stiefel 10×3, Brockett", manifold, cost, start, peer)
+    return Family("Stiefel 10×3, Brockett", manifold, cost, matrix, start, peer)
 
 
 def fixed_rank(settings: Settings) -> Family:
@@ -199,7 +201,7 @@ def fixed_rank(settings: Settings) -> Family:
         u, s, vh = (part.cpu().numpy().copy() for part in factors)
         return pymanopt.Problem(peer_manifold, cost, euclidean_gradient=gradient), point(u, s, vh)
 
-    def cost(x: Tensor) -> Tensor:
+    def cost(x: Tensor, target: Tensor) -> Tensor:
         return (x[..., :m, :] @ x[..., m:, :].mT - target).square().sum((-1, -2)) / 2
 
-    return Family("fixed rank 12×10, r = 2, nearest", manifold, cost, start, peer)
+    return Family("fixed rank 12×10, r = 2, nearest", manifold, cost, target, start, peer)

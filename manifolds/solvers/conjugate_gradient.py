@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from manifolds.solvers.geometry import spread
-from manifolds.solvers.line_search import LineSearch
-from manifolds.solvers.method import Iterate, Method, begin, require
+from manifolds.solvers.line_search import Found, LineSearch
+from manifolds.solvers.method import begin, require
 from manifolds.solvers.objective import Look, Problem
+from manifolds.solvers.searching import Directed, Searching
 from manifolds.solvers.solution import Status
 
 
@@ -83,17 +84,7 @@ RULES: dict[str, Callable[[Products], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Conjugate(Iterate):
-    """Adds the search direction (N, *point), its slope, its length and the first step to try (N each)."""
-
-    direction: Tensor
-    slope: Tensor
-    size: Tensor
-    trial: Tensor
-
-
-@dataclass(frozen=True)
-class ConjugateGradient(Method[Conjugate]):
+class ConjugateGradient(Searching[Directed]):
     """Nonlinear conjugate gradients: d⁺ = −g⁺ + β T d.
 
     The step length comes from a strong Wolfe line search, which begins at the last one.
@@ -134,10 +125,10 @@ class ConjugateGradient(Method[Conjugate]):
         )
         require(self.initial_length > 0, name, f"initial_length is {self.initial_length}; it is positive")
 
-    def init(self, problem: Problem, look: Look) -> Conjugate:
+    def init(self, problem: Problem, look: Look) -> Directed:
         """Starts down the gradient."""
         size = torch.where(look.norm > 0, look.norm, 1.0)
-        return Conjugate(
+        return Directed(
             **begin(look),
             direction=-look.gradient,
             slope=-(look.norm**2),
@@ -145,11 +136,13 @@ class ConjugateGradient(Method[Conjugate]):
             trial=self.initial_length / size,
         )
 
-    def step(self, problem: Problem, iterate: Conjugate, active: Tensor) -> Conjugate:
-        """A step along the direction, and the next direction."""
+    def line(self) -> LineSearch:
+        """The strong Wolfe conditions."""
+        return LineSearch(self.decrease, self.curvature)
+
+    def follow(self, problem: Problem, iterate: Directed, found: Found, active: Tensor) -> Directed:
+        """The next direction."""
         geometry = problem.geometry
-        search = LineSearch(self.decrease, self.curvature)
-        found = search.search(problem, iterate, iterate.direction, iterate.slope, iterate.trial, active)
         x, g, carried = found.x, found.gradient, found.direction
         size = geometry.norm(x, carried)
         shorten = torch.where(size > iterate.size, iterate.size / size, 1.0)
@@ -178,7 +171,7 @@ class ConjugateGradient(Method[Conjugate]):
         fresh = self.initial_length / torch.where(found.norm > 0, found.norm, 1.0)
         fields = found.moved(iterate, iterate.size)
         fields["status"] = torch.where(again, int(Status.RUNNING), found.status)
-        return Conjugate(
+        return Directed(
             **fields,
             direction=spread(beta, carried) * carried - g,
             slope=slope,

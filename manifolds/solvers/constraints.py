@@ -1,7 +1,7 @@
 """What an edit must keep: a subspace it may not touch, a ball it may not leave."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import geoopt
@@ -13,12 +13,37 @@ from manifolds.errors import ManifoldError
 
 
 @dataclass(frozen=True)
+class Lift:
+    """X as a function of the unknowns V: V Qᵀ, or for stacked factors [L; R'] the pair [L; Q R'].
+
+    Attributes:
+        basis: Q (*#batch, n, d).
+        rows: the rows of L; None for matrices.
+    """
+
+    basis: Tensor
+    rows: int | None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The points (*batch, *point)."""
+        if self.rows is None:
+            return v @ self.basis.mT
+        left, right = v.split([self.rows, self.basis.shape[-1]], dim=-2)
+        return torch.cat([left, self.basis @ right], dim=-2)
+
+    def flat(self, batch: torch.Size) -> "Lift":
+        """The same with one basis an item (N, n, d)."""
+        shape = self.basis.shape[-2:]
+        return replace(self, basis=self.basis.expand(*batch, *shape).reshape(batch.numel(), *shape))
+
+
+@dataclass(frozen=True)
 class Substitution:
     """A problem in fewer unknowns: a manifold of v, a start on it, and x as a function of v."""
 
     manifold: geoopt.Manifold
     start: Tensor
-    lift: Callable[[Tensor], Tensor]
+    lift: Lift
 
 
 @dataclass(frozen=True)
@@ -79,16 +104,11 @@ class NullSpace:
                 + ". Give fewer keys, or a larger tolerance if they are dependent up to noise"
             )
         if split is None:
-            return Substitution(manifold, x0 @ basis, lambda v: v @ basis.mT)
+            return Substitution(manifold, x0 @ basis, Lift(basis, None))
         reduced: Any = type(manifold)(split, basis.shape[-1])
         left, right = x0.split([split, columns], dim=-2)
         start = torch.cat([left, basis.mT @ right], dim=-2)
-
-        def lift(v: Tensor) -> Tensor:
-            left, right = v.split([split, basis.shape[-1]], dim=-2)
-            return torch.cat([left, basis @ right], dim=-2)
-
-        return Substitution(reduced, plain(reduced.projx(start)), lift)
+        return Substitution(reduced, plain(reduced.projx(start)), Lift(basis, split))
 
     def _complement(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """An orthonormal basis of the complement (*batch, n, d) and its dimension in each item, at most d.
@@ -120,8 +140,10 @@ class TrustBall:
     center: Tensor | None
     radius: float | Tensor
 
-    def distance2(self, manifold: geoopt.Manifold, x0: Tensor) -> Callable[[Tensor], Tensor]:
-        """The squared distance from the center as a function of x.
+    def half_distance2(
+        self, manifold: geoopt.Manifold, x0: Tensor
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """Half of the squared distance as a function of x and the center, and the center (*#batch, *point).
 
         Raises:
             ManifoldError: a center that does not fit or lies off the manifold; no center where there is no
@@ -145,8 +167,8 @@ class TrustBall:
             if not found[0]:
                 raise ManifoldError(f"TrustBall: center is not on {manifold.name}: {found[1]}; see projx")
         if split is not None:
-            return lambda x: _difference2(x, center, split)
-        return lambda x: manifold.dist2(center, x)
+            return (lambda x, center: _difference2(x, center, split) / 2), center
+        return (lambda x, center: manifold.dist2(center, x) / 2), center
 
     def radii(self, x0: Tensor, batch: torch.Size) -> Tensor:
         """The radius of each item (N).

@@ -86,14 +86,10 @@ class GaussNewton(Method[Damped]):
         product = iterate.product or problem.look(x, curvature=True).product
         assert product is not None
         damping, extra = iterate.damping, (~iterate.moved).long()
-
-        def damped(u: Tensor) -> Tensor:
-            return product(u) + spread(damping, u) * u
-
         target = problem.residual_goal(norm, iterate.first_norm, self.theta, self.kappa)
         limit = self.max_inner or max(1, 2 * geometry.dimension(x))
         far = torch.full_like(norm, torch.inf)
-        model = truncated_cg(geometry, x, iterate.gradient, damped, far, target, active, limit)
+        model = truncated_cg(problem, x, iterate.gradient, product, far, target, active, limit, damping)
         look = problem.look(geometry.retract(x, model.step), curvature=True)
         rounding = problem.rounding(iterate.value)
         expected = model.decrease + damping * model.length**2 / 2

@@ -6,23 +6,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from manifolds.solvers.line_search import LineSearch
-from manifolds.solvers.method import Iterate, Method, begin, require
+from manifolds.solvers.line_search import Found, LineSearch
+from manifolds.solvers.method import begin, require
 from manifolds.solvers.objective import Look, Problem
+from manifolds.solvers.searching import Directed, Searching
 
 
 @dataclass(frozen=True)
-class Descent(Iterate):
-    """Adds the step to try first, whether the next is of the long kind, and the mean of values (N each)."""
+class Descent(Directed):
+    """Adds whether the next step is of the long kind, and the mean of values with its weight (N each)."""
 
-    trial: Tensor
     long: Tensor
     reference: Tensor
     weight: Tensor
 
 
 @dataclass(frozen=True)
-class Gradient(Method[Descent]):
+class Gradient(Searching[Descent]):
     """Steepest descent, x⁺ = R_x(−α grad f), with a line search that allows some rise.
 
     The first α tried is that of Barzilai and Borwein: with s = T(−α grad f) and y = grad f⁺ − T grad f it is
@@ -59,19 +59,26 @@ class Gradient(Method[Descent]):
         size = torch.where(look.norm > 0, look.norm, 1.0)
         return Descent(
             **begin(look),
+            direction=-look.gradient,
+            slope=-(look.norm**2),
+            size=look.norm,
             trial=self.initial_length / size,
             long=torch.ones_like(look.finite),
             reference=look.value,
             weight=torch.ones_like(size),
         )
 
-    def step(self, problem: Problem, iterate: Descent, active: Tensor) -> Descent:
-        """A step down the gradient."""
+    def line(self) -> LineSearch:
+        """Armijo's condition alone."""
+        return LineSearch(self.decrease)
+
+    def reference(self, iterate: Descent) -> Tensor:
+        """The mean of past values."""
+        return iterate.reference
+
+    def follow(self, problem: Problem, iterate: Descent, found: Found, active: Tensor) -> Descent:
+        """The next step to try down the gradient."""
         geometry = problem.geometry
-        slope = -(iterate.gradient_norm**2)
-        found = LineSearch(self.decrease).search(
-            problem, iterate, -iterate.gradient, slope, iterate.trial, active, iterate.reference
-        )
         change = found.gradient + found.direction
         s_y = found.step * geometry.inner(found.x, found.direction, change)
         s_s = found.step**2 * geometry.inner(found.x, found.direction, found.direction)
@@ -82,7 +89,10 @@ class Gradient(Method[Descent]):
         weight = self.memory * iterate.weight + 1
         reference = (self.memory * iterate.weight * iterate.reference + found.value) / weight
         return Descent(
-            **found.moved(iterate, iterate.gradient_norm),
+            **found.moved(iterate, iterate.size),
+            direction=-found.gradient,
+            slope=-(found.norm**2),
+            size=found.norm,
             trial=trial,
             long=~iterate.long,
             reference=torch.maximum(reference, found.value),

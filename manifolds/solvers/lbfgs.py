@@ -1,20 +1,21 @@
 """Limited-memory BFGS with transported pairs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from manifolds.solvers.geometry import spread
-from manifolds.solvers.line_search import LineSearch
-from manifolds.solvers.method import Iterate, Method, begin, require
+from manifolds.solvers.line_search import Found, LineSearch
+from manifolds.solvers.method import begin, require
 from manifolds.solvers.objective import Look, Problem
+from manifolds.solvers.searching import Directed, Searching
 from manifolds.solvers.solution import Status
 
 
 @dataclass(frozen=True)
-class QuasiNewton(Iterate):
+class QuasiNewton(Directed):
     """Adds the pairs, all tangent at x, the newest last; a pair that was not taken has the weight zero.
 
     Attributes:
@@ -22,8 +23,8 @@ class QuasiNewton(Iterate):
         changes: y, changes of the gradient brought to x (N, m, *point).
         weight: 1 / ⟨s, y⟩ (N, m).
         scale: γ, the multiple of the identity that the inverse Hessian starts from (N).
-        plain: whether the next direction is the negative gradient (N).
-        filled: how many places, the last ones, hold pairs.
+        plain: whether the direction is the negative gradient (N).
+        filled: how many places, the last ones, hold pairs in any item.
     """
 
     steps: Tensor
@@ -35,7 +36,7 @@ class QuasiNewton(Iterate):
 
 
 @dataclass(frozen=True)
-class LBFGS(Method[QuasiNewton]):
+class LBFGS(Searching[QuasiNewton]):
     """Limited-memory BFGS: the inverse Hessian from the last m steps and changes of the gradient.
 
     The pairs s = T(α d) and y = grad f⁺ − T grad f are transported along with x. A pair is used only if
@@ -80,8 +81,13 @@ class LBFGS(Method[QuasiNewton]):
     def init(self, problem: Problem, look: Look) -> QuasiNewton:
         """Starts without pairs."""
         count, *point = look.x.shape
+        size = torch.where(look.norm > 0, look.norm, 1.0)
         return QuasiNewton(
             **begin(look),
+            direction=-look.gradient,
+            slope=-(look.norm**2),
+            size=look.norm,
+            trial=self.initial_length / size,
             steps=look.x.new_zeros(count, self.memory, *point),
             changes=look.x.new_zeros(count, self.memory, *point),
             weight=look.x.new_zeros(count, self.memory),
@@ -90,22 +96,16 @@ class LBFGS(Method[QuasiNewton]):
             filled=0,
         )
 
-    def step(self, problem: Problem, iterate: QuasiNewton, active: Tensor) -> QuasiNewton:
-        """A quasi-Newton step, and the pair it gives."""
-        geometry = problem.geometry
-        x, gradient, norm = iterate.x, iterate.gradient, iterate.gradient_norm
-        direction = -self._apply(problem, iterate)
-        slope, size = geometry.inner(x, gradient, direction), geometry.norm(x, direction)
-        plain = iterate.plain | ~(slope < -1e-10 * norm * size)
-        direction = torch.where(spread(plain, direction), -gradient, direction)
-        slope, size = torch.where(plain, -(norm**2), slope), torch.where(plain, norm, size)
-        start = torch.where(plain, self.initial_length / torch.where(size > 0, size, 1.0), 1.0)
-        found = LineSearch(self.decrease, self.curvature).search(
-            problem, iterate, direction, slope, start, active
-        )
+    def line(self) -> LineSearch:
+        """The strong Wolfe conditions."""
+        return LineSearch(self.decrease, self.curvature)
+
+    def follow(self, problem: Problem, iterate: QuasiNewton, found: Found, active: Tensor) -> QuasiNewton:
+        """The pair that the step gives, and the quasi-Newton direction after it."""
+        geometry, x, gradient = problem.geometry, iterate.x, iterate.gradient
         failed = found.step == 0
-        again = failed & ~plain & active
-        fields = found.moved(iterate, size)
+        again = failed & ~iterate.plain & active
+        fields = found.moved(iterate, iterate.size)
         fields["status"] = torch.where(again, int(Status.RUNNING), found.status)
 
         s = spread(found.step, found.direction) * found.direction
@@ -123,16 +123,32 @@ class LBFGS(Method[QuasiNewton]):
         weight = torch.where(taken, 1 / torch.where(taken, s_y, 1.0), 0)
         scale = s_y[:, -1] / geometry.inner(found.x, y, y)
         scale = torch.where(taken[:, -1] & scale.isfinite(), scale, iterate.scale)
-        plain = again | ~taken.any(1)
-        return QuasiNewton(
+        after = QuasiNewton(
             **fields,
+            direction=found.direction,
+            slope=iterate.slope,
+            size=iterate.size,
+            trial=iterate.trial,
             steps=steps,
             changes=changes,
             weight=weight,
             scale=scale,
-            plain=plain,
+            plain=again | ~taken.any(1),
             filled=min(filled + 1, self.memory),
         )
+        return self._aimed(problem, after)
+
+    def _aimed(self, problem: Problem, iterate: QuasiNewton) -> QuasiNewton:
+        """The iterate with its direction, the negative gradient where the pairs give none that descends."""
+        geometry = problem.geometry
+        x, gradient, norm = iterate.x, iterate.gradient, iterate.gradient_norm
+        direction = -self._apply(problem, iterate)
+        slope, size = geometry.inner(x, gradient, direction), geometry.norm(x, direction)
+        plain = iterate.plain | ~(slope < -1e-10 * norm * size)
+        direction = torch.where(spread(plain, direction), -gradient, direction)
+        slope, size = torch.where(plain, -(norm**2), slope), torch.where(plain, norm, size)
+        trial = torch.where(plain, self.initial_length / torch.where(size > 0, size, 1.0), 1.0)
+        return replace(iterate, direction=direction, slope=slope, size=size, trial=trial, plain=plain)
 
     def _apply(self, problem: Problem, iterate: QuasiNewton) -> Tensor:
         """The inverse Hessian applied to the gradient: the two loops of Nocedal, in the metric at x."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from manifolds.solvers.geometry import spread
-from manifolds.solvers.method import Iterate, freeze
+from manifolds.solvers.items import freeze, places, put, take
+from manifolds.solvers.method import Iterate
 from manifolds.solvers.objective import Problem
 from manifolds.solvers.solution import Status
 
@@ -89,6 +90,54 @@ class Bracket:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Where the search of each item stands.
+
+    Attributes:
+        x: where it began (N, *point).
+        direction: where it goes (N, *point).
+        value: φ(0) (N).
+        slope: φ'(0) (N).
+        ceiling: the value that Armijo's condition starts from (N).
+        rounding: changes of f that are not seen (N).
+        bracket: between which lengths a good one lies.
+        best: the lowest trial that fits so far, or the start.
+        alpha: the next length to try (N).
+        pending: whether the item searches on (N).
+        sighted: whether a trial was low enough (N).
+        lost: the status if none will be (N).
+    """
+
+    x: Tensor
+    direction: Tensor
+    value: Tensor
+    slope: Tensor
+    ceiling: Tensor
+    rounding: Tensor
+    bracket: Bracket
+    best: Found
+    alpha: Tensor
+    pending: Tensor
+    sighted: Tensor
+    lost: Tensor
+
+    def end(self) -> Found:
+        """What was found, with the status."""
+        return replace(self.best, status=torch.where(self.sighted, int(Status.RUNNING), self.lost))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of each item: where it led, φ' there, and whether it is finite, low enough, and fits (N)."""
+
+    now: Found
+    rise: Tensor
+    finite: Tensor
+    good: Tensor
+    fits: Tensor
+
+
+@dataclass(frozen=True)
 class LineSearch:
     """Finds a step length α along y(α) = R_x(α d) with φ(α) = f(y(α)) low enough.
 
@@ -111,7 +160,7 @@ class LineSearch:
     curvature: float | None = None
     trials: int = 60
 
-    def search(
+    def begin(
         self,
         problem: Problem,
         iterate: Iterate,
@@ -120,54 +169,85 @@ class LineSearch:
         start: Tensor,
         active: Tensor,
         reference: Tensor | None = None,
-    ) -> Found:
-        """Searches from x along `direction` with φ'(0) = `slope` < 0 (N), first at α = `start` (N)."""
-        geometry, x, value = problem.geometry, iterate.x, iterate.value
-        ceiling = value if reference is None else reference
+    ) -> Search:
+        """A search from x along `direction` with φ'(0) = `slope` < 0 (N), first at α = `start` (N)."""
+        x, value = iterate.x, iterate.value
         rounding = problem.rounding(value)
         zero, none = torch.zeros_like(value), torch.zeros_like(iterate.evaluations)
-        bracket = Bracket(zero, value, slope, torch.full_like(value, torch.inf))
         best = Found(
             x, value, iterate.gradient, iterate.gradient_norm, direction, zero, none, none + Status.RUNNING
         )
-        alpha, pending, sighted = start, active, torch.zeros_like(active)
         hopeless = (start * slope).abs() <= 100 * rounding
-        lost = torch.where(hopeless, int(Status.STALLED), int(Status.LINE_SEARCH_FAILED))
-        for trial in range(self.trials):
-            y = geometry.retract(x, spread(torch.where(pending, alpha, 0), direction) * direction)
-            look = problem.look(y)
-            carried = geometry.transport(x, y, direction)
-            rise = geometry.inner(y, look.gradient, carried)
-            # Where the promised decrease is lost in rounding, an equal value proves nothing.
-            lower = (look.value < ceiling) & (look.value <= ceiling + self.decrease * alpha * slope)
-            nearly = (rise >= 0.9 * slope) & (rise <= (2 * self.decrease - 1) * slope)
-            good = look.finite & (lower | (nearly & (look.value <= ceiling + rounding)))
-            fits = good
-            if self.curvature is not None and trial < self.trials // 3:
-                fits = good & (rise.abs() <= self.curvature * slope.abs())
-            now = Found(
-                y,
-                look.value,
-                look.gradient,
-                look.norm,
-                carried,
-                alpha,
-                best.evaluations + pending,
-                best.status,
-            )
-            left = pending & ~fits
-            wall = torch.where(look.value == -torch.inf, int(Status.UNBOUNDED), int(Status.NOT_FINITE))
-            lost = torch.where(look.finite | ~pending, lost, wall)
-            going = bool(left.any())
-            if trial == 0 and not going:
-                return now
-            kept = pending & good & (fits | ~sighted | (look.value <= best.value))
-            counted = now.evaluations
-            best = freeze(kept, now, best)
-            best = replace(best, evaluations=counted)
-            sighted, pending = sighted | kept, left
-            if not going:
-                break
-            bracket, guess = bracket.narrow(alpha, look.value, rise, ~good | (rise > 0), ~look.finite)
-            alpha = torch.where(pending, guess, alpha)
-        return replace(best, status=torch.where(active & ~sighted, lost, best.status))
+        return Search(
+            x=x,
+            direction=direction,
+            value=value,
+            slope=slope,
+            ceiling=value if reference is None else reference,
+            rounding=rounding,
+            bracket=Bracket(zero, value, slope, torch.full_like(value, torch.inf)),
+            best=best,
+            alpha=start,
+            pending=active,
+            sighted=torch.zeros_like(active),
+            lost=torch.where(hopeless, int(Status.STALLED), int(Status.LINE_SEARCH_FAILED)),
+        )
+
+    def search(self, problem: Problem, state: Search) -> Found:
+        """Searches until every item has ended; trials are made for the pending items alone where they can."""
+        trial = self._try(problem, state)
+        pending = state.pending & ~trial.fits
+        count = int(pending.sum())
+        if count == 0:
+            return trial.now
+        state = self._after(state, trial)
+        found, where = state.end(), None
+        while count > 0:
+            if problem.sparse(count, len(state.pending)):
+                found = state.end() if where is None else put(found, where, state.end())
+                chosen = places(state.pending)
+                where = chosen if where is None else where[chosen]
+                state, problem = take(state, chosen), problem.subset(chosen)
+            state = self.advance(problem, state)
+            count = int(state.pending.sum())
+        return state.end() if where is None else put(found, where, state.end())
+
+    def advance(self, problem: Problem, state: Search) -> Search:
+        """One trial of every pending item."""
+        return self._after(state, self._try(problem, state))
+
+    def _try(self, problem: Problem, state: Search) -> Trial:
+        geometry, x, slope, alpha = problem.geometry, state.x, state.slope, state.alpha
+        y = geometry.retract(x, spread(torch.where(state.pending, alpha, 0), x) * state.direction)
+        look = problem.look(y)
+        carried = geometry.transport(x, y, state.direction)
+        rise = geometry.inner(y, look.gradient, carried)
+        # Where the promised decrease is lost in rounding, an equal value proves nothing.
+        lower = (look.value < state.ceiling) & (look.value <= state.ceiling + self.decrease * alpha * slope)
+        nearly = (rise >= 0.9 * slope) & (rise <= (2 * self.decrease - 1) * slope)
+        good = look.finite & (lower | (nearly & (look.value <= state.ceiling + state.rounding)))
+        number = state.best.evaluations + state.pending
+        fits = good
+        if self.curvature is not None:
+            fits = good & ((rise.abs() <= self.curvature * slope.abs()) | (number > self.trials // 3))
+        now = Found(y, look.value, look.gradient, look.norm, carried, alpha, number, state.best.status)
+        return Trial(now, rise, look.finite, good, fits)
+
+    def _after(self, state: Search, trial: Trial) -> Search:
+        """The search after a trial, and the next length."""
+        now, value = trial.now, trial.now.value
+        wall = torch.where(value == -torch.inf, int(Status.UNBOUNDED), int(Status.NOT_FINITE))
+        kept = state.pending & trial.good & (trial.fits | ~state.sighted | (value <= state.best.value))
+        pending = state.pending & ~trial.fits & (now.evaluations < self.trials)
+        bracket, guess = state.bracket.narrow(
+            state.alpha, value, trial.rise, ~trial.good | (trial.rise > 0), ~trial.finite
+        )
+        return replace(
+            state,
+            bracket=bracket,
+            best=replace(freeze(kept, now, state.best), evaluations=now.evaluations),
+            alpha=torch.where(pending, guess, state.alpha),
+            pending=pending,
+            sighted=state.sighted | kept,
+            lost=torch.where(trial.finite | ~state.pending, state.lost, wall),
+        )

@@ -1,14 +1,13 @@
 """What every method has: a start, a step, and the rules by which an item stops."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from manifolds.errors import ManifoldError
-from manifolds.solvers.geometry import spread
 from manifolds.solvers.objective import Look, Problem
 from manifolds.solvers.solution import Status
 
@@ -38,7 +37,6 @@ class Iterate:
     length: Tensor
 
 
-D = TypeVar("D")
 I = TypeVar("I", bound=Iterate)  # noqa: E741
 
 
@@ -84,16 +82,6 @@ def begin(look: Look) -> dict[str, Tensor]:
         "moved": look.finite,
         "length": torch.full_like(look.norm, torch.inf),
     }
-
-
-def freeze(active: Tensor, new: D, old: D) -> D:
-    """The tensors of a dataclass: the new ones where items are active, the old ones elsewhere."""
-    held = {}
-    for field in fields(new):  # type: ignore[arg-type]
-        value, before = getattr(new, field.name), getattr(old, field.name)
-        if isinstance(value, Tensor) and value is not before:
-            held[field.name] = torch.where(spread(active, value), value, before)
-    return replace(new, **held)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The function that is minimised: values, gradients and products with the Hessian, for a flat batch."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from manifolds.errors import ManifoldError
+from manifolds.solvers.constraints import Lift
 from manifolds.solvers.geometry import Geometry, finite, spread
+from manifolds.solvers.items import take
 
 Product = Callable[[Tensor], Tensor]
 
@@ -44,37 +47,69 @@ class Problem:
     gradient, which `torch.func.vjp(torch.func.grad(f), x)` gives as well, is its Hessian-vector product.
 
     Args:
-        f: takes (*batch, *point), returns (*batch), or residuals (*batch, k).
+        f: takes (*batch, *point) and the data, returns (*batch), or residuals (*batch, k).
         geometry: of the manifold.
-        batch: the shape that f sees.
+        batch: the shape that f sees; flat, (N), if the problem is divisible.
+        data: tensors (*batch, …) that f, egrad and ehess get after their other arguments.
+        divisible: whether f can be called on some of the items with their part of the data; see `subset`.
         residuals: whether f returns residuals; the value is then ½‖r‖².
         egrad: the Euclidean gradient x ↦ ∇f, in place of differentiation.
         ehess: the Euclidean Hessian-vector product (x, u) ↦ ∇²f u, in place of differentiation. Without it an
             `egrad` that cannot be differentiated gets its Hessian by differences, as `Geometry` does in
-        general. lift: the substitution v ↦ x under which the solver sees f; identity if not given.
+            general.
+        lift: the substitution v ↦ x under which the solver sees f; identity if not given.
         penalty: a function that is added, with its full Hessian also where f gives residuals.
     """
 
     def __init__(
         self,
-        f: Callable[[Tensor], Tensor],
+        f: Callable[..., Tensor],
         geometry: Geometry,
         batch: torch.Size,
         *,
+        data: Sequence[Tensor] = (),
+        divisible: bool = False,
         residuals: bool = False,
-        egrad: Callable[[Tensor], Tensor] | None = None,
-        ehess: Callable[[Tensor, Tensor], Tensor] | None = None,
-        lift: Callable[[Tensor], Tensor] | None = None,
+        egrad: Callable[..., Tensor] | None = None,
+        ehess: Callable[..., Tensor] | None = None,
+        lift: Lift | None = None,
         penalty: "Problem | None" = None,
     ) -> None:
+        self._data, self.divisible = tuple(data), divisible
+        self._chosen: Tensor | None = None
         self.lift, self.penalty = lift, penalty
         self.f, self.geometry, self.batch = f, geometry, batch
         self.residuals, self.egrad, self.ehess = residuals, egrad, ehess
         self.first: Tensor | None = None
         self.goal: Tensor | None = None
 
+    @property
+    def data(self) -> tuple[Tensor, ...]:
+        """The tensors that f gets after x (*batch, …)."""
+        if self._chosen is not None:
+            self._data = tuple(tensor.index_select(0, self._chosen) for tensor in self._data)
+            self._chosen = None
+        return self._data
+
+    def subset(self, index: Tensor) -> "Problem":
+        """The problem of the items at the places `index` (k), with copies of their data, made when needed."""
+        if not self.divisible:
+            raise ManifoldError("minimize: f cannot be called on some of the items; give data=")
+        part = copy.copy(self)
+        part.batch = index.shape
+        part._data, part._chosen = self.data, index
+        part.first = None if self.first is None else self.first.index_select(0, index)
+        part.goal = None if self.goal is None else self.goal.index_select(0, index)
+        part.lift = None if self.lift is None else take(self.lift, index)
+        part.penalty = None if self.penalty is None else self.penalty.subset(index)
+        return part
+
+    def sparse(self, count: int, total: int) -> bool:
+        """Whether so few of the items are at work that a problem of these alone saves more than it costs."""
+        return self.divisible and 4 * count <= 3 * total
+
     def shown(self, x: Tensor) -> Tensor:
-        """Points (N, *point) of the solver as the caller knows them (*batch, *point)."""
+        """Points (N, *point) of the solver as f sees them (*batch, *point)."""
         x = x.reshape(self.batch + x.shape[1:])
         return x if self.lift is None else self.lift(x)
 
@@ -155,7 +190,7 @@ class Problem:
         return value.detach(), egrad.detach(), product
 
     def _call(self, x: Tensor) -> Tensor:
-        output = self.f(self.shown(x))
+        output = self.f(self.shown(x), *self.data)
         wanted = (
             f"(*batch, k) = {(*self.batch, 'k')}" if self.residuals else f"(*batch) = {tuple(self.batch)}"
         )
@@ -185,12 +220,12 @@ class Problem:
 
     def _user_gradient(self, x: Tensor) -> Tensor:
         point = x.reshape(self.batch + x.shape[1:])
-        egrad = self.egrad(point)  # type: ignore[misc]
+        egrad = self.egrad(point, *self.data)  # type: ignore[misc]
         return _shaped(egrad, point, "egrad").reshape(x.shape)
 
     def _user_hessian(self, x: Tensor, u: Tensor) -> Tensor:
         point = x.reshape(self.batch + x.shape[1:])
-        h = self.ehess(point, u.reshape(point.shape))  # type: ignore[misc]
+        h = self.ehess(point, u.reshape(point.shape), *self.data)  # type: ignore[misc]
         return _shaped(h, point, "ehess").reshape(x.shape).detach()
 
 

@@ -1,5 +1,6 @@
 """Minimisation inside a ball, by the augmented Lagrangian."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from manifolds.operations import unchecked
 from manifolds.solvers.geometry import spread
 from manifolds.solvers.method import Method
 from manifolds.solvers.objective import Problem
-from manifolds.solvers.run import Limits, run, tolerance
+from manifolds.solvers.run import End, Limits, run, tolerance
 from manifolds.solvers.solution import Status
 
 ROUNDS = 50
@@ -21,7 +22,7 @@ class Ball:
     """The constraint c(x) = (dist² − R²) / (2 R) ≤ 0, whose gradient is a unit vector on the boundary.
 
     Attributes:
-        problem: ½ dist² as a function on the manifold.
+        problem: ½ dist² as a function on the manifold, with the centers as data.
         radius: R (N).
     """
 
@@ -30,11 +31,8 @@ class Ball:
 
     def measure(self, x: Tensor) -> Tensor:
         """The values of c (N) at the solver's points (N, *point)."""
-        return self.measure_shown(self.problem.shown(x))
-
-    def measure_shown(self, x: Tensor) -> Tensor:
-        """The values of c (N) at the caller's points (*batch, *point), differentiable."""
-        return self.problem.f(x).reshape(-1) / self.radius - self.radius / 2
+        half = self.problem.f(self.problem.shown(x), *self.problem.data)
+        return half.reshape(-1) / self.radius - self.radius / 2
 
     def enter(self, x: Tensor) -> Tensor:
         """The points, with those outside moved towards the center until rounding has them inside."""
@@ -52,21 +50,10 @@ class Ball:
         return x
 
 
-@dataclass(frozen=True)
-class Inside:
-    """The end: points in the ball (N, *point), and for each item what is known there (N)."""
-
-    x: Tensor
-    value: Tensor
-    gradient_norm: Tensor
-    steps: Tensor
-    evaluations: Tensor
-    status: Tensor
-    multiplier: Tensor
-
-
-def minimize_in_ball(method: Method[Any], problem: Problem, x: Tensor, limits: Limits, ball: Ball) -> Inside:
-    """Minimises f subject to c ≤ 0 for each item.
+def minimize_in_ball(
+    method: Method[Any], problem: Problem, x: Tensor, limits: Limits, ball: Ball
+) -> tuple[End, Tensor]:
+    """Minimises f subject to c ≤ 0 for each item; the multipliers (N) come with the end, a point inside.
 
     Each round minimises f + ρ/2 max(0, c + λ/ρ)² from where the last one ended, then sets λ ← max(0, λ + ρ
     c). ρ is raised tenfold where the violation max(c, −λ/ρ) did not fall to a quarter. After a round the
@@ -94,11 +81,11 @@ def minimize_in_ball(method: Method[Any], problem: Problem, x: Tensor, limits: L
                 made=int(steps.max()),
             )
             ended = run(method, _augmented(problem, ball, multiplier, force), x, part, active)
-            x = torch.where(spread(active, x), ended.iterate.x, x)
+            x = torch.where(spread(active, x), ended.x, x)
             inside = torch.where(spread(active, x), ball.enter(x), inside)
             residual = _lagrangian(problem, ball, inside)[1]
             steps = steps + ended.steps
-            evaluations = evaluations + torch.where(active, ended.iterate.evaluations + 1, 0)
+            evaluations = evaluations + torch.where(active, ended.evaluations + 1, 0)
             waited = torch.where(residual < 0.5 * best, 0, waited + 1)
             best = torch.minimum(best, residual)
             final = (ended.status != Status.CONVERGED) & (ended.status != Status.STALLED)
@@ -116,27 +103,33 @@ def minimize_in_ball(method: Method[Any], problem: Problem, x: Tensor, limits: L
             last = torch.where(active, violation, last)
         status = torch.where(status == Status.RUNNING, int(Status.STALLED), status)
         value, residual, multiplier = _lagrangian(problem, ball, inside)
-    return Inside(inside, value, residual, steps, evaluations, status, multiplier)
+    return End(inside, value, residual, evaluations, steps, status), multiplier
 
 
 def _augmented(problem: Problem, ball: Ball, multiplier: Tensor, force: Tensor) -> Problem:
     """The function f + ρ/2 max(0, c + λ/ρ)²."""
-    batch = problem.batch
+    half, batch = ball.problem.f, problem.batch
 
-    def excess(x: Tensor) -> Tensor:
-        """max(0, c + λ/ρ), whose gradient is zero inside even where that of the distance is NaN."""
+    def penalty(x: Tensor, multiplier: Tensor, force: Tensor, radius: Tensor, center: Tensor) -> Tensor:
+        """ρ/2 max(0, c + λ/ρ)², whose gradient is zero inside even where that of the distance is NaN."""
         with torch.no_grad():
-            idle = ball.measure_shown(x) + multiplier / force <= 0
-        far = torch.where(spread(idle.reshape(batch), x), x.detach(), x)
-        return torch.where(idle, 0, ball.measure_shown(far) + multiplier / force)
+            idle = half(x, center) / radius - radius / 2 + multiplier / force <= 0
+        far = torch.where(spread(idle, x), x.detach(), x)
+        excess = half(far, center) / radius - radius / 2 + multiplier / force
+        return force * torch.where(idle, 0, excess) ** 2 / 2
 
-    def penalty(x: Tensor) -> Tensor:
-        return (force * excess(x) ** 2 / 2).reshape(batch)
-
-    more = Problem(penalty, problem.geometry, batch, lift=problem.lift)
-    return Problem(
-        problem.f, problem.geometry, batch, residuals=problem.residuals, lift=problem.lift, penalty=more
+    numbers = (part.reshape(batch) for part in (multiplier, force, ball.radius))
+    added = Problem(
+        penalty,
+        problem.geometry,
+        batch,
+        data=(*numbers, *ball.problem.data),
+        divisible=problem.divisible,
+        lift=problem.lift,
     )
+    total = copy.copy(problem)
+    total.penalty = added
+    return total
 
 
 def _lagrangian(problem: Problem, ball: Ball, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

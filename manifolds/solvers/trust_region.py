@@ -90,7 +90,7 @@ class TrustRegion(Method[Region]):
         extra = (~iterate.moved).long()
         target = problem.residual_goal(norm, iterate.first_norm, self.theta, self.kappa)
         limit = self.max_inner or max(1, geometry.dimension(x))
-        model = truncated_cg(geometry, x, iterate.gradient, product, iterate.radius, target, active, limit)
+        model = truncated_cg(problem, x, iterate.gradient, product, iterate.radius, target, active, limit)
         look = problem.look(geometry.retract(x, model.step), curvature=True)
         rounding = problem.rounding(iterate.value)
         ratio = (iterate.value - look.value + rounding) / (model.decrease + rounding)
