@@ -22,17 +22,25 @@ class LowRankAdam(RiemannianAdam):
     Plain Adam moves B and A by themselves: its steps change when the same W is split otherwise, and are
     unbalanced as long as B is small. Here the step depends on W alone. With orthonormal bases U of the
     columns and V of the rows of W, and G the gradient by W (never formed: G V and Uᵀ G follow from the
-    factors' gradients), per step
+    factors' gradients), per step t
 
         M ← β₁ P(M) + (1 − β₁) P(G),        P(Z) = Z V Vᵀ + U Uᵀ Z − U Uᵀ Z V Vᵀ
         v ← β₂ v + (1 − β₂) ‖P(G)‖² / d,    d = (m + n − r) r
-        W ← the nearest matrix of rank r to (1 − ηλ) W − η M̂ / (v̂^½ + ε)
+        N = (β₁ M + (1 − β₁) P(G)) / (1 − β₁ᵗ⁺¹)
+        W ← the nearest matrix of rank r to (1 − ηλ) W − η (‖N‖ / (v̂^½ + ε)) D / ‖D‖,    D = P(orth N)
 
-    with M̂ and v̂ as corrected by Adam for their start. P projects onto the tangent space and carries the
-    first moment from the old one; v is a number and needs no transport (`RiemannianAdam` says why it is
-    one). Divided by the dimension d it makes the coordinates of a step of size η in the mean square, as
-    Adam's are, so that η is of the size of AdamW's. The nearest matrix is the projection retraction, from
-    QR decompositions of (m + n) × 2r entries; nothing of size m × n is formed.
+    with v̂ as corrected by Adam for its start. P projects onto the tangent space and carries the first moment
+    from the old one; v is a number and needs no transport (`RiemannianAdam` says why it is one). N is the
+    moment, looked ahead as by Nesterov. orth N is its orthogonal factor, where all singular values
+    are one (those below √ε_machine of the largest, rounding mostly, are brought up in proportion and stay
+    small): Adam gives the length of the step, Muon its direction. A gradient of LoRA lies mostly
+    in very few singular directions, and a step along it overshoots there before the others have moved; one
+    number per matrix cannot mend that as Adam's numbers per entry do. The nearest matrix is the projection
+    retraction. QR decompositions of (m + n) × 2r entries are all it takes; nothing of size m × n is formed.
+
+    In coordinates of the tangent space, d of them, a step that follows a steady gradient has entries of root
+    mean square η. AdamW's η is a length for the entries of B and A, which W multiplies with each other: the
+    two have no fixed ratio, so look for η anew.
 
     At the start of LoRA B = 0: W has rank zero and is no point of the manifold of rank r. Nothing above
     needs it to be one. Where W has lost directions, U has them not, and Uᵀ G has no component there (the
@@ -51,7 +59,7 @@ class LowRankAdam(RiemannianAdam):
 
     Args:
         module: a PEFT model, or any module with LoRA pairs; see `lora_pairs` for how they are found.
-        lr: η, for the pairs; about the size of the entries of a step of W.
+        lr: η, for the pairs; the root mean square of a step of W in coordinates of its tangent space.
         betas: β₁ and β₂.
         eps: ε.
         weight_decay: λ, decoupled; shrinks W, and the plain parameters.
@@ -64,7 +72,8 @@ class LowRankAdam(RiemannianAdam):
         ManifoldError: no pair is found; an option out of range; a sparse or non-finite gradient.
 
     Source: Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013), for the geometry;
-    Zhang and Pilanci, "Riemannian Preconditioned LoRA" (2024).
+    Bogachev et al., "LoRA meets Riemannion" (2025), for orthogonal factors of moments there; Jordan et al.,
+    "Muon" (2024).
     """
 
     tangents: ClassVar[tuple[str, ...]] = ()
@@ -225,18 +234,27 @@ def pair_step(
     dimension = (left.shape[-2] + right.shape[-1] - rank) * rank
     square = torch.lerp(states[0]["exp_avg_sq"], tangent_square(u, x, y) / dimension, 1 - beta2)
     root = square.sqrt() / math.sqrt(1 - beta2**step) + group["eps"]
-    rate = lr / (1 - beta1**step) / root
-    within = u.mT @ moment_x / 2
-    d_x = rate * (moment_x - u @ within)
-    d_y = rate * (moment_y - v @ within.mT)
-    shrink = 1 - lr * group["weight_decay"]
-    tall = torch.cat([left @ (right @ v) * (scaling * shrink) - d_x, u], -1)
-    new_u, values, new_v = top_svd(tall, torch.cat([v, -d_y], -1), rank)
+    ahead_x, ahead_y = torch.lerp(x, moment_x, beta1), torch.lerp(y, moment_y, beta1)
+    # From here on in orthonormal bases of the columns and rows that W and the moment have together
+    columns, of_columns = torch.linalg.qr(torch.cat([u, ahead_x], -1))
+    rows, of_rows = torch.linalg.qr(torch.cat([ahead_y - v @ (u.mT @ ahead_x).mT, v], -1))
+    ahead = of_columns @ of_rows.mT / (1 - beta1 ** (step + 1))
+    inner_u, inner_v = of_columns[..., :rank], of_rows[..., rank:]
+    whole = orthogonal_factor(ahead)
+    way = whole @ inner_v @ inner_v.mT
+    way = way + inner_u @ (inner_u.mT @ (whole - way))
+    size = torch.linalg.matrix_norm(way, keepdim=True)
+    length = torch.linalg.matrix_norm(ahead, keepdim=True) / root / torch.where(size > 0, size, 1.0)
+    point = (columns.mT @ left) @ (right @ v) @ inner_v.mT * scaling
+    new_u, values, new_vt = torch.linalg.svd(
+        point * (1 - lr * group["weight_decay"]) - lr * length * way, full_matrices=False
+    )
+    new_u, values, new_v = columns @ new_u[..., :rank], values[..., :rank], rows @ new_vt.mT[..., :rank]
     turn = polar(new_v.mT @ v)
-    length = torch.linalg.matrix_norm(right, keepdim=True) / math.sqrt(rank)
-    length = torch.where(length > 0, length, 1.0)
-    new_left = (new_u * values.unsqueeze(-2)) @ turn / (length * scaling)
-    new_right = (new_v @ turn).mT * length
+    of_a = torch.linalg.matrix_norm(right, keepdim=True) / math.sqrt(rank)
+    of_a = torch.where(of_a > 0, of_a, 1.0)
+    new_left = (new_u * values.unsqueeze(-2)) @ turn / (of_a * scaling)
+    new_right = (new_v @ turn).mT * of_a
     sides = (
         {"exp_avg": moment_x, "exp_avg_sq": square, "frame": u},
         {"exp_avg": moment_y, "exp_avg_sq": square, "frame": v},
@@ -251,6 +269,18 @@ def carry(states: tuple[dict[str, Tensor], dict[str, Tensor]], u: Tensor, v: Ten
     carried_x = old_x @ turn_v + old_u @ (old_y.mT @ v - within @ turn_v)
     carried_y = old_y @ turn_u + old_v @ (old_x.mT @ u - within.mT @ turn_u)
     return carried_x, carried_y
+
+
+def orthogonal_factor(matrix: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch k l"]:
+    """The matrix with all its singular values brought to one.
+
+    Those below √ε of the largest become their ratio to that bound, so that the result is continuous and
+    rounding does not grow to a step.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    floor = values[..., :1] * math.sqrt(torch.finfo(values.dtype).eps)
+    weights = values / torch.where(floor > 0, values.clamp_min(floor), 1.0)
+    return left * weights.unsqueeze(-2) @ right
 
 
 def tangent_square(u: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -280,13 +310,3 @@ def range_root(gram: Float[Tensor, "*batch r r"]) -> Float[Tensor, "*batch r r"]
     kept = values > cut.clamp_min(torch.finfo(values.dtype).tiny)
     weights = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
     return (basis * weights.unsqueeze(-2)) @ basis.mT
-
-
-def top_svd(
-    left: Float[Tensor, "*batch m k"], right: Float[Tensor, "*batch n k"], rank: int
-) -> tuple[Float[Tensor, "*batch m r"], Float[Tensor, "*batch r"], Float[Tensor, "*batch n r"]]:
-    """The first singular vectors and values of left · rightᵀ, by QR of the factors."""
-    q1, t1 = torch.linalg.qr(left)
-    q2, t2 = torch.linalg.qr(right)
-    u, values, vt = torch.linalg.svd(t1 @ t2.mT, full_matrices=False)
-    return q1 @ u[..., :rank], values[..., :rank], q2 @ vt.mT[..., :rank]

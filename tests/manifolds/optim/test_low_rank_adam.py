@@ -50,7 +50,7 @@ def descend(optimizer, module, goal, steps, rate=None):
 
 def test_it_reaches_an_ill_conditioned_target_from_rank_zero():
     module = Pair(9, 7, 3)
-    losses = descend(LowRankAdam(module), module, target(), 300, rate=0.02)
+    losses = descend(LowRankAdam(module), module, target(), 100, rate=0.1)
     assert losses[-1] < 1e-6 * losses[0]
 
 
@@ -59,8 +59,48 @@ def test_the_best_low_rank_approximation_is_found():
     u, _, vt = torch.linalg.svd(torch.randn(9, 7, dtype=torch.float64), full_matrices=False)
     goal = u * torch.tensor([3.0, 2, 1, 0.2, 0.1, 0.1, 0.0]) @ vt
     module = Pair(9, 7, 3)
-    descend(LowRankAdam(module), module, goal, 400, rate=0.05)
+    descend(LowRankAdam(module), module, goal, 100, rate=0.2)
     assert torch.allclose(module.product(), u[:, :3] * torch.tensor([3.0, 2, 1]) @ vt[:3], atol=1e-3)
+
+
+def dense_steps(w, rows, goal, rate, steps, betas=(0.9, 0.999), decay=0.0):
+    """What the docstring says, with m × n matrices, projectors and whole SVDs; `rows` are A's at W = 0."""
+    (m, n), rank = w.shape, rows.shape[0]
+    moment, square = torch.zeros_like(w), 0.0
+    for step in range(1, steps + 1):
+        left = torch.linalg.svd(w)[0][:, :rank] if w.any() else torch.zeros(m, rank, dtype=w.dtype)
+        right = torch.linalg.svd(w)[2][:rank].mT if w.any() else torch.linalg.svd(rows)[2][:rank].mT
+        on_left, on_right = left @ left.mT, right @ right.mT
+
+        def project(z, on_left=on_left, on_right=on_right):
+            return z @ on_right + on_left @ z - on_left @ z @ on_right
+
+        gradient, dimension = project(w - goal), (m + n - rank) * rank
+        moment = betas[0] * project(moment) + (1 - betas[0]) * gradient
+        square = betas[1] * square + (1 - betas[1]) * gradient.square().sum() / dimension
+        ahead = (betas[0] * moment + (1 - betas[0]) * gradient) / (1 - betas[0] ** (step + 1))
+        u, values, vt = torch.linalg.svd(ahead, full_matrices=False)
+        kept = values > 1e-9 * values[0]
+        way = project(u[:, kept] @ vt[kept])
+        size = ahead.norm() / ((square / (1 - betas[1] ** step)) ** 0.5 * way.norm())
+        u, values, vt = torch.linalg.svd((1 - rate * decay) * w - rate * size * way, full_matrices=False)
+        w = u[:, :rank] * values[:rank] @ vt[:rank]
+    return w
+
+
+@pytest.mark.parametrize(("out", "inside", "rank"), [(9, 7, 3), (12, 15, 4), (8, 8, 1), (1, 1, 1), (2, 5, 2)])
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_steps_are_those_of_the_formula_with_dense_matrices(out, inside, rank, from_zero):
+    module = Pair(out, inside, rank)
+    goal = torch.randn(out, inside, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    if not from_zero:
+        with torch.no_grad():
+            module.lora_B.copy_(torch.randn(out, rank, generator=torch.Generator().manual_seed(4)))
+    expected = dense_steps(
+        module.product().detach(), module.lora_A.detach().clone(), goal, 0.03, 6, decay=0.2
+    )
+    descend(LowRankAdam(module, lr=0.03, weight_decay=0.2), module, goal, 6)
+    assert torch.allclose(module.product(), expected, atol=1e-7)
 
 
 def test_steps_do_not_depend_on_how_w_is_split():
@@ -77,7 +117,7 @@ def test_steps_do_not_depend_on_how_w_is_split():
     assert torch.allclose(one.product(), other.product(), atol=1e-7)
 
 
-def test_the_first_step_from_rank_zero_goes_along_the_gradient_in_the_row_space():
+def test_the_first_step_from_rank_zero_is_orthogonal_in_the_row_space():
     module = Pair(9, 7, 3)
     rows = module.lora_A.detach().clone()
     projector = torch.linalg.pinv(rows) @ rows
@@ -85,11 +125,10 @@ def test_the_first_step_from_rank_zero_goes_along_the_gradient_in_the_row_space(
     descend(LowRankAdam(module, lr=0.1), module, goal, 1)
     step = module.product().detach()
     assert torch.allclose(step @ projector, step, atol=1e-9)
-    assert torch.linalg.matrix_rank(step) == 3
-    direction = goal @ projector
-    assert torch.allclose(step / step.norm(), direction / direction.norm(), atol=1e-9)
+    u, _, vt = torch.linalg.svd(goal @ projector)
     dimension = (9 + 7 - 3) * 3
-    assert float(step.norm()) == pytest.approx(0.1 * dimension**0.5, rel=1e-6)
+    length = 0.1 * dimension**0.5
+    assert torch.allclose(step, length / 3**0.5 * u[:, :3] @ vt[:3], atol=1e-7)
 
 
 def test_a_small_step_is_tangent_to_the_manifold_of_fixed_rank():
@@ -115,7 +154,7 @@ def test_dead_rank_comes_back():
     goal = target(condition=2.0)
     optimizer = LowRankAdam(module)
     descend(optimizer, module, goal[:, :1] @ goal[:1], 5, rate=0.05)
-    assert descend(optimizer, module, goal, 300, rate=0.05)[-1] < 1e-4
+    assert descend(optimizer, module, goal, 80, rate=0.1)[-1] < 1e-4
 
 
 def test_zero_gradients_change_nothing_and_give_no_nan():
@@ -132,7 +171,7 @@ def test_rank_and_shape_extremes():
     for out, inside, rank in ((1, 1, 1), (3, 2, 2), (2, 3, 2), (5, 1, 1)):
         module = Pair(out, inside, rank)
         goal = torch.ones(out, inside, dtype=torch.float64)
-        assert descend(LowRankAdam(module), module, goal, 200, rate=0.05)[-1] < 1e-3
+        assert descend(LowRankAdam(module), module, goal, 60, rate=0.2)[-1] < 1e-3
 
 
 def test_foreach_gives_what_one_by_one_gives():
@@ -174,9 +213,9 @@ def test_half_precision_keeps_what_is_too_small_to_see():
     for module in (half, full):
         with torch.no_grad():
             module.lora_A.copy_(half.lora_A)
-        descend(LowRankAdam(module), module, goal, 200, rate=0.01)
+        descend(LowRankAdam(module), module, goal, 50, rate=0.05)
     assert half.lora_A.dtype == torch.bfloat16
-    assert float((half.product().float() - goal).norm()) < 0.1 * float(goal.norm())
+    assert float((half.product().detach().float() - goal).norm()) < 0.1 * float(goal.norm())
 
 
 def test_clipping_bounds_the_gradient_of_w():
@@ -319,6 +358,23 @@ def test_embeddings_and_convolutions_are_pairs(tiny_gpt2):
     assert losses[-1] < losses[0] and pair.left.shape == (5, 2, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "scaling"), [({"use_rslora": True}, 4.0), ({"use_dora": True}, 2.0), ({}, 2.0)]
+)
+def test_the_scaling_that_the_layer_uses_is_the_one_of_w(tiny_gpt2, options, scaling):
+    """The change of what a fresh adapter computes, after one step, is that of scaling · B A."""
+    model = lora(tiny_gpt2, **options)
+    optimizer = LowRankAdam(model, lr=1e-2)
+    assert optimizer.param_groups[0]["scalings"] == (scaling,) * 3
+    run(model, optimizer, 1)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    pair = lora_pairs(model)[0]
+    assert torch.allclose(layer.get_delta_weight("default").mT, scaling * pair.left @ pair.right, atol=1e-6)
+    rank, (out, inside) = 4, (pair.left.shape[0], pair.right.shape[1])
+    length = 1e-2 * ((out + inside - rank) * rank) ** 0.5
+    assert float((scaling * pair.left @ pair.right).norm()) == pytest.approx(length, rel=1e-3)
+
+
 def test_adapters_by_name_and_frozen_ones(tiny_gpt2):
     model = lora(tiny_gpt2)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
@@ -337,48 +393,3 @@ def test_adapters_by_name_and_frozen_ones(tiny_gpt2):
 def test_no_pairs_say_what_was_looked_for(tiny_gpt2):
     with pytest.raises(manifolds.ManifoldError, match=r"lora_A and lora_B.*\(r, in\)"):
         LowRankAdam(tiny_gpt2)
-
-
-def test_on_an_ill_conditioned_regression_it_is_ahead_of_both_peers_at_a_careful_rate():
-    from peft.optimizers import create_riemannian_optimizer
-
-    torch.manual_seed(0)
-    inputs = torch.randn(256, 20) @ torch.diag(torch.logspace(0, -1.5, 20))
-    goal = (target(24, 20, 4, condition=30.0)).float()
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(20, 24, bias=False)
-
-        def forward(self, x):
-            return self.layer(x)
-
-    base = Model()
-    best = {}
-    makers = {
-        "ours": lambda m, lr: LowRankAdam(m, lr=lr),
-        "adamw": lambda m, lr: torch.optim.AdamW(
-            [p for p in m.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
-        ),
-        "peft": lambda m, lr: create_riemannian_optimizer(m, torch.optim.AdamW, lr=lr, weight_decay=0.0),
-    }
-    for name, make in makers.items():
-        ends = []
-        for lr in (3e-3,):
-            torch.manual_seed(1)
-            model = peft.get_peft_model(
-                copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["layer"])
-            )
-            optimizer = make(model, lr)
-            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 40)
-            for _ in range(40):
-                optimizer.zero_grad()
-                loss = ((model(inputs) - base(inputs).detach() - inputs @ goal.mT) ** 2).mean()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            ends.append(float(loss.detach()))
-        best[name] = ends
-    # At the best rate of each, they end within a factor of a few; see benchmarks.lora_almanac.
-    assert best["ours"][0] < min(best["adamw"][0], best["peft"][0]) / 2, best
