@@ -1,6 +1,6 @@
 """How straight a map is along a direction: two derivatives, and how far the first serves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from manifolds.errors import ManifoldError
+from manifolds.forward_mode import WrittenOut
 
 NAME = "functional"
 
@@ -49,50 +48,6 @@ class FunctionalCurvature:
         if not eps > 0:
             raise ManifoldError(f"{NAME}: eps is {eps}; it is a share of the first-order term, above 0")
         return torch.where(self.second_norm == 0, torch.inf, 2 * eps * self.first_norm / self.second_norm)
-
-
-class _Written(TorchFunctionMode):
-    """Runs layer norms as written-out arithmetic.
-
-    PyTorch's formula for the forward derivative of `layer_norm` is wrong when it is differentiated in turn
-    (pytorch issue 196700, open as of torch 2.13); that of means, squares and roots is right.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (F.layer_norm, torch.layer_norm):
-            return _layer_norm(*args, **(kwargs or {}))
-        if func in (F.batch_norm, torch.batch_norm) and _training(*args, **(kwargs or {})):
-            raise ManifoldError(
-                f"{NAME}: f runs a batch norm in training mode, which mixes the items of a batch; "
-                "call eval() on the network"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    """The layer norm with the arguments of `torch.layer_norm`."""
-    last = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(last, keepdim=True)
-    output = centred * torch.rsqrt((centred * centred).mean(last, keepdim=True) + eps)
-    output = output if weight is None else output * weight
-    return output if bias is None else output + bias
-
-
-def _training(
-    input: Tensor, first: Any = None, second: Any = None, third: Any = None, fourth: Any = None, *rest: Any,
-    training: bool = False, **options: Any,
-) -> bool:  # fmt: skip
-    """Whether the arguments of a batch norm ask for the statistics of the batch."""
-    return training or bool(rest and rest[0] is True)
 
 
 def functional(
@@ -139,7 +94,7 @@ def functional(
         return jvp(f, (point,), (direction,))
 
     # The fused attention kernels know no forward mode.
-    with sdpa_kernel(SDPBackend.MATH), _Written():
+    with sdpa_kernel(SDPBackend.MATH), WrittenOut():
         both: Any = jvp(along, (x,), (direction,))
     (value, first), (_, second) = both
     if value.shape[: len(batch)] != batch:

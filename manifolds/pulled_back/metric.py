@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manifolds.base import frobenius_norm, safe_sqrt
 from manifolds.errors import ManifoldError
+from manifolds.forward_mode import WrittenOut
 from manifolds.operations import operation
 from manifolds.pulled_back.chart import Chart, item_of, readable
 from manifolds.pulled_back.derivatives import Mode
@@ -128,8 +129,13 @@ class PulledMetric(Chart):
 
         return Embedding(function, None if metric.embedded else weight, self.derivatives)
 
+    def _written(self, x: Tensor) -> Tensor:
+        """The map at x, with norm layers written out, as second derivatives need."""
+        with WrittenOut():
+            return self.f(x)
+
     def _outputs(self, x: Float[Tensor, "items *point"]) -> Float[Tensor, "items *out"]:
-        y = self.f(x)
+        y = self._written(x)
         if not isinstance(y, Tensor):
             raise ManifoldError(
                 f"{self.name}: f gave {type(y).__name__}; it must return one tensor (items, *out)"

@@ -275,7 +275,7 @@ class Pullback(PulledMetric):
                 max_iterations=max_iterations, generator=generator,
             )  # fmt: skip
         vectors = found.vectors.mT.reshape(flat.shape[0], k, *point)
-        whole = Linearization(self.f, flat, embedding.mode)
+        whole = Linearization(self._written, flat, embedding.mode)
         images = whole.push(vectors)
         values = found.values
         if torch.is_grad_enabled():
