@@ -4,7 +4,7 @@ This floor knows no model. It imports torch and numerical libraries only, so tha
 checked against closed forms. Floors above it may import it; it imports none of them.
 """
 
-from manifolds import optim
+from manifolds import curvature, optim
 from manifolds.base import Containment, Manifold, RiemannianSubmanifold
 from manifolds.checks import Check, check
 from manifolds.entries import Entries
@@ -62,6 +62,7 @@ __all__ = [
     "Stiefel",
     "TrustBall",
     "check",
+    "curvature",
     "minimize",
     "optim",
     "unchecked",

@@ -30,9 +30,10 @@ NAMES = (
     "pullback_geodesic",
     "jacobian_directions",
     "lora_almanac",
+    "curvature_estimators",
     "growth",
 )
-PACKAGES = ("torch", "geoopt", "pymanopt", "stochman", "peft", "numpy", "scipy")
+PACKAGES = ("torch", "geoopt", "pymanopt", "stochman", "scikit-dimension", "peft", "numpy", "scipy")
 
 
 def main(names: list[str]) -> None:
