@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from manifolds.base import frobenius_norm
 from manifolds.errors import ManifoldError
 from manifolds.fixed_rank_factors import FactorPairs, inverse
 from manifolds.fixed_rank_geodesic import Grams, aim, known, shoot
@@ -220,8 +219,9 @@ class FixedRank(FactorPairs):
         eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
         middle = eye + core
         back = inverse(middle)
-        size = frobenius_norm(eye, 2) + frobenius_norm(core, 2, True)
-        singular = size * frobenius_norm(back, 2, True) * torch.finfo(core.dtype).eps > 0.1
+        condition = torch.linalg.matrix_norm(eye) + torch.linalg.matrix_norm(core.detach(), keepdim=True)
+        condition = condition * torch.linalg.matrix_norm(back.detach(), keepdim=True)
+        singular = condition * torch.finfo(core.dtype).eps > 0.1
         back = torch.where(singular, torch.nan, back)
         return self.projx(torch.cat([left @ middle + normal_left, right + normal_right @ back.mT], -2))
 

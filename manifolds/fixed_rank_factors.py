@@ -19,6 +19,12 @@ def inverse(matrix: Float[Tensor, "*batch r r"]) -> Float[Tensor, "*batch r r"]:
     return torch.where((failed != 0)[..., None, None], torch.nan, found)
 
 
+def _cholesky(matrix: Tensor) -> Tensor:
+    """C with matrix = C Cᵀ, and NaN for a matrix that is not positive definite."""
+    found, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.where((failed != 0)[..., None, None], torch.nan, found)
+
+
 class FactorPairs(Manifold):
     """Pairs x = [L; R] with LᵀL = RᵀR, for W = L Rᵀ; `FixedRank` adds gradients, steps and curvature.
 
@@ -142,15 +148,15 @@ class FactorPairs(Manifold):
     def projx(self, x: Float[Tensor, "*batch p r"]) -> Float[Tensor, "*batch p r"]:
         """The same W in balanced factors L T, R T⁻ᵀ; balanced factors stay as they are.
 
-        Formula: with A = (LᵀL)^½, B = (RᵀR)^½ and the polar decomposition A B = H Y, T = A⁻¹ H^½. Factors
-        that have lost rank give NaN.
+        Formula: T is the root of the geometric mean S of (LᵀL)⁻¹ and RᵀR, which solves S LᵀL S = RᵀR. With
+        the Cholesky factors LᵀL = C Cᵀ and RᵀR = D Dᵀ and the polar decomposition Dᵀ C = Y H, it is S = C⁻ᵀ H
+        C⁻¹. Factors that have lost rank give NaN.
         """
         left, right = self._split(x)
         left_gram, right_gram = self._grams(x)
-        left_root, right_root = sqrtm_spd(left_gram), sqrtm_spd(right_gram)
-        product = left_root @ right_root
-        stretch = sym(product @ polar(product).mT)
-        turn = inverse(left_root) @ sqrtm_spd(stretch)
+        left_root, right_root = _cholesky(left_gram), _cholesky(right_gram)
+        product, back = right_root.mT @ left_root, inverse(left_root)
+        turn = sqrtm_spd(back.mT @ (polar(product).mT @ product) @ back)
         return torch.cat([left @ turn, right @ inverse(turn).mT], -2)
 
     def proju(
