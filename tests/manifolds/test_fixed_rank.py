@@ -76,8 +76,6 @@ def test_vectors_are_those_of_the_dense_matrices(size, batch, device):
     close(m.norm(d.x, d.u), d.vector(d.x, d.u).norm(dim=(-2, -1)))
     kept = m.proju(d.x, d.noise)
     close(d.vector(d.x, kept), d.vector(d.x, d.noise))
-    for w in (kept, m.transp(d.x, d.y, d.u), m.project_ambient(d.x, d.ambient)):
-        assert m.contains_tangent(d.y if w is not kept else d.x, w) or w.shape == d.x.shape
     assert m.contains_tangent(d.x, kept, tolerance=1e-12)
     close(m.proju(d.x, kept), kept)
     moved = m.transp(d.x, d.y, d.u)
@@ -289,17 +287,27 @@ def test_vmap_and_compile():
     d = Dense(6, 5, 2, (3,))
     m, u = d.manifold, 0.1 * d.u
     near = m.retr(d.x, 0.1 * u)
-    for f, inputs in [
+    pairs = [
         (m.projx, (d.x,)), (m.proju, (d.x, d.noise)), (m.inner, (d.x, u, d.v)), (m.transp, (d.x, d.y, u)),
         (m.ehess2rhess, (d.x, d.noise, d.v, u)), (m.retr_orthographic, (d.x, u)),
         (m.retr_projection, (d.x, u)),
         (m.expmap, (d.x, u)), (m.logmap, (d.x, near)),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for f, inputs in pairs:
         expected = f(*inputs)
         close(torch.func.vmap(f)(*inputs), expected, 1e-9)
         close(torch.stack([f(*item) for item in zip(*inputs, strict=True)]), expected, 1e-9)
-        if f not in (m.expmap, m.logmap):
-            close(torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs), expected, 1e-9)
+
+    closed = pairs[:-2]
+
+    def run(*given: tuple[Tensor, ...]) -> list[Tensor]:
+        return [f(*inputs) for (f, _), inputs in zip(closed, given, strict=True)]
+
+    given = [inputs for _, inputs in closed]
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(*given)
+    for one, expected in zip(found, run(*given), strict=True):
+        close(one, expected, 1e-9)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -322,8 +330,9 @@ def test_geoopts_optimizers_work_on_it(optimizer):
     d = Dense(7, 5, 2)
     goal = d.point(d.y)
     point = geoopt.ManifoldParameter(d.x.clone(), manifold=d.manifold)
-    steps = optimizer([point], lr=0.05)
-    for _ in range(400 if optimizer is geoopt.optim.RiemannianAdam else 150):
+    adaptive = optimizer is geoopt.optim.RiemannianAdam
+    steps = optimizer([point], lr=0.3 if adaptive else 0.05)
+    for _ in range(150):
         steps.zero_grad()
         loss = (d.point(point) - goal).square().sum()
         loss.backward()
