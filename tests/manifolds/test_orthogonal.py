@@ -30,8 +30,9 @@ def rotation_by(angles: list[float], seed: int = 0) -> torch.Tensor:
     return torch.tensor(q @ block @ q.T)
 
 
-@pytest.mark.parametrize("retraction", ["cayley", "polar", "qr"])
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("retraction", "n"), [("cayley", 5), ("polar", 4), ("qr", 3), ("cayley", 2), ("polar", 1)]
+)
 def test_every_property_holds(retraction: str, n: int) -> None:
     result = check(SpecialOrthogonal(retraction), size=(2, n, n))
     assert result.passed, str(result)
