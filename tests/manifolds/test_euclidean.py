@@ -31,3 +31,8 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ManifoldError, match="ndim is -1"):
         Euclidean(-1)
     assert "finite" in Euclidean().contains(torch.tensor([[0.0], [torch.inf]])).reason
+
+
+def test_logarithm_by_hand() -> None:
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([4.0, -1.0])
+    torch.testing.assert_close(Euclidean().logmap(x, y), torch.tensor([3.0, -3.0]))

@@ -56,3 +56,11 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ManifoldError, match="ndim is 0"):
         Sphere(ndim=0)
     assert bool(Sphere().projx(torch.zeros(3)).isnan().all())
+
+
+def test_second_fundamental_form_and_weingarten_by_hand() -> None:
+    x, u, v = (torch.tensor(each) for each in ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 1.0, 3.0]))
+    m = Sphere()
+    torch.testing.assert_close(m.second_fundamental_form(x, u, u), -4 * x)
+    torch.testing.assert_close(m.second_fundamental_form(x, u, v), -2 * x)
+    torch.testing.assert_close(m.weingarten(x, u, 3 * x), -3 * u)
