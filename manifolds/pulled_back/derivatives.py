@@ -56,6 +56,15 @@ def second_derivative(function: Map, x: Tensor, u: Tensor, v: Tensor, mode: Mode
     return derivative(lambda point: derivative(function, point, v, mode)[1], x, u, mode)[1]
 
 
+def over_vectors(function: Map, vectors: Tensor, dim: int = 1) -> Tensor:
+    """The function of each vector along a dimension, which the results get back.
+
+    `torch.func.vmap` with another place than the first for its results fails where they do not depend on the
+    vectors, as derivatives of a constant do; the second derivative of a linear map is one.
+    """
+    return torch.func.vmap(function, dim, 0)(vectors).movedim(0, dim)
+
+
 def push_all(
     function: Map, x: Float[Tensor, "items *point"], vectors: Float[Tensor, "items k *point"], mode: Mode
 ) -> Tensor:
@@ -63,15 +72,15 @@ def push_all(
     if mode == "reverse":
         value, pull = reverse(function, x)
         _, push = reverse(pull, torch.zeros_like(value))
-        return torch.func.vmap(push, 1, 1)(vectors)
-    return torch.func.vmap(lambda v: derivative(function, x, v)[1], 1, 1)(vectors)
+        return over_vectors(push, vectors)
+    return over_vectors(lambda v: derivative(function, x, v)[1], vectors)
 
 
 def push_symmetric(
     function: Map, x: Float[Tensor, "items *point"], vectors: Float[Tensor, "items k *point"]
 ) -> Tensor:
     """J v for k vectors a point where J is symmetric, as a gradient's is, by reverse mode alone."""
-    return torch.func.vmap(reverse(function, x)[1], 1, 1)(vectors)
+    return over_vectors(reverse(function, x)[1], vectors)
 
 
 class Linearization:
@@ -91,7 +100,7 @@ class Linearization:
 
     def pull(self, covectors: Float[Tensor, "items k outputs"]) -> Float[Tensor, "items k *point"]:
         """Jᵀ u for each covector."""
-        return torch.func.vmap(self._pull, 1, 1)(covectors)
+        return over_vectors(self._pull, covectors)
 
     def jacobian(self) -> Float[Tensor, "items size outputs"]:
         """Every row the derivative along one coordinate of the point."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manifolds.pulled_back.derivatives import Linearization, derivative, second_derivative
+from manifolds.pulled_back.derivatives import Linearization, derivative, over_vectors, second_derivative
 from manifolds.pulled_back.geodesic import DENSE
 from manifolds.pulled_back.linear_solvers import conjugate_gradients, solve_constant
 from manifolds.pulled_back.paths import Embedding
@@ -34,7 +34,7 @@ class MetricAt:
     def matrix(self) -> Float[Tensor, "items size size"]:
         """G, over flattened coordinates."""
         rows = self.at.jacobian()
-        weighed = torch.func.vmap(lambda v: self.embedding.weigh(self.at.value, v), 1, 1)(rows)
+        weighed = over_vectors(lambda v: self.embedding.weigh(self.at.value, v), rows)
         found = weighed @ rows.mT
         return (found + found.mT) / 2
 

@@ -13,6 +13,7 @@ from manifolds.pulled_back.derivatives import (
     Mode,
     basis_like,
     derivative,
+    over_vectors,
     push_all,
     push_symmetric,
     reverse,
@@ -166,7 +167,7 @@ def _pulled(function: Map, x: Tensor, covector: Tensor) -> Tensor:
 
 
 def _weigh_rows(embedding: Embedding, z: Tensor, rows: Tensor) -> Tensor:
-    return torch.func.vmap(lambda v: embedding.weigh(z, v), 2, 2)(rows)
+    return over_vectors(lambda v: embedding.weigh(z, v), rows, 2)
 
 
 def _coloured(embedding: Embedding, path: Tensor, size: int) -> tuple[Tensor, Tensor]:

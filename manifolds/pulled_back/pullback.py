@@ -12,7 +12,7 @@ from manifolds.errors import ManifoldError
 from manifolds.operations import operation
 from manifolds.pulled_back.chart import item_of, readable
 from manifolds.pulled_back.collocation import Exponential, Logarithm, exponential, logarithm
-from manifolds.pulled_back.derivatives import Linearization
+from manifolds.pulled_back.derivatives import Linearization, over_vectors
 from manifolds.pulled_back.geodesic import Geodesic, Minimum, attach, minimize_energy, straight
 from manifolds.pulled_back.image import second_form, sectional_curvature
 from manifolds.pulled_back.local import MetricAt
@@ -279,7 +279,7 @@ class Pullback(PulledMetric):
         images = whole.push(vectors)
         values = found.values
         if torch.is_grad_enabled():
-            weighed = torch.func.vmap(lambda v: self.output_metric.vector(whole.value, v), 1, 1)(images)
+            weighed = over_vectors(lambda v: self.output_metric.vector(whole.value, v), images)
             values = values + _first_order(safe_sqrt((images * weighed).flatten(2).sum(-1)))
         return SingularDirections(
             values=values.reshape(*batch, k),

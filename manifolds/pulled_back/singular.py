@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from manifolds.pulled_back.derivatives import Linearization, basis_like
+from manifolds.pulled_back.derivatives import Linearization, basis_like, over_vectors
 
 Weight = Callable[[Tensor, Tensor], Tensor]
 
@@ -106,7 +106,7 @@ def _products(at: Linearization, weight: Weight | None, basis: Tensor) -> tuple[
 
 
 def _weigh(at: Linearization, weight: Weight, rows: Tensor) -> Tensor:
-    return torch.func.vmap(lambda v: weight(at.value, v), 1, 1)(rows)
+    return over_vectors(lambda v: weight(at.value, v), rows)
 
 
 def _gram(at: Linearization, weight: Weight | None, pushed: Tensor) -> Tensor | None:
