@@ -11,6 +11,7 @@ from torch import Tensor
 from manifolds.base import RiemannianSubmanifold, frobenius_norm
 from manifolds.errors import ManifoldError
 from manifolds.matrix_functions import nearest_rotation, polar, skew, sqrtm_spd, sym
+from manifolds.operations import widened
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(14)
 SMALL = 0.5
@@ -85,9 +86,11 @@ class SpecialOrthogonal(RiemannianSubmanifold):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Rotations drawn evenly (Haar measure), by QR of a normal matrix."""
-        q = _positive_qr(self._sample(size, dtype, device, generator))
+        sample = self._sample(size, dtype, device, generator)
+        q = _positive_qr(widened(sample))
         last = torch.arange(q.shape[-1], device=q.device) == q.shape[-1] - 1
-        return self._point(q * torch.where(last, torch.linalg.det(q).sign()[..., None, None], 1.0))
+        rotation = q * torch.where(last, torch.linalg.det(q).sign()[..., None, None], 1.0)
+        return self._point(rotation.to(sample.dtype))
 
     def projx(self, x: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """The nearest rotation; where det X < 0, the smallest singular direction is turned round."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manifolds.base import Manifold, frobenius_norm, sum_point
 from manifolds.matrix_functions import eigh_finite, polar, sqrtm_spd, sym
+from manifolds.operations import widened
 from manifolds.spectral_functions import expm_symmetric, log1pm_symmetric
 
 
@@ -67,7 +68,8 @@ class SPD(Manifold):
     ) -> Tensor:
         """Exponentials of random symmetric matrices whose eigenvalues lie in about ±√2."""
         noise = self._sample(size, dtype, device, generator)
-        return self._point(expm_symmetric(noise / max(noise.shape[-1], 1) ** 0.5))
+        found = expm_symmetric(widened(noise) / max(noise.shape[-1], 1) ** 0.5)
+        return self._point(found.to(noise.dtype))
 
     def projx(self, x: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """The symmetric part, its eigenvalues raised to 10 n ε ‖X‖ where they are lower (ε: rounding)."""
