@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manifolds.base import RiemannianSubmanifold, frobenius_norm
 from manifolds.errors import ManifoldError
-from manifolds.matrix_functions import nearest_rotation, polar, skew, sqrtm_spd, sym
+from manifolds.matrix_functions import exponential, nearest_rotation, polar, skew, sqrtm_spd, sym
 from manifolds.operations import widened
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(14)
@@ -133,7 +133,7 @@ class SpecialOrthogonal(RiemannianSubmanifold):
         self, x: Float[Tensor, "*#batch n n"], u: Float[Tensor, "*#batch n n"]
     ) -> Float[Tensor, "*batch n n"]:
         """X exp(Xᵀ U)."""
-        return _polished(x @ torch.linalg.matrix_exp(skew(x.mT @ u)))
+        return _polished(x @ exponential(skew(x.mT @ u)))
 
     def logmap(
         self, x: Float[Tensor, "*#batch n n"], y: Float[Tensor, "*#batch n n"]
@@ -163,7 +163,7 @@ class SpecialOrthogonal(RiemannianSubmanifold):
         v: Float[Tensor, "*#batch n n"],
     ) -> Float[Tensor, "*batch n n"]:
         """Parallel transport along X exp(tΩ) to its end, however long it is."""
-        return _carried(x, torch.linalg.matrix_exp(skew(x.mT @ u) / 2), v)
+        return _carried(x, exponential(skew(x.mT @ u) / 2), v)
 
     def expmap_transp(
         self,
@@ -172,7 +172,7 @@ class SpecialOrthogonal(RiemannianSubmanifold):
         v: Float[Tensor, "*#batch n n"],
     ) -> tuple[Float[Tensor, "*batch n n"], Float[Tensor, "*batch n n"]]:
         """The end of the geodesic, and the vector transported along it."""
-        half = torch.linalg.matrix_exp(skew(x.mT @ u) / 2)
+        half = exponential(skew(x.mT @ u) / 2)
         return _polished(x @ half @ half), _carried(x, half, v)
 
     def weingarten(

@@ -36,3 +36,19 @@ def test_points_are_drawn_in_half_precision(
     for point in (drawn(manifold, 3, *shape, dtype=dtype), manifold.origin(3, *shape, dtype=dtype)):
         assert point.dtype == dtype
         assert manifold.contains(point, tolerance=3e-2)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_a_single_rotation_moves_as_exactly_as_a_batch(dtype: torch.dtype, limit: float) -> None:
+    """Around x = I in the plane the end of a geodesic is written with sine and cosine."""
+    for angle in torch.logspace(-3, 0.4, 40, dtype=torch.float64):
+        cosine, sine = angle.cos(), angle.sin()
+        expected = torch.stack([torch.stack([cosine, -sine]), torch.stack([sine, cosine])])
+        x = torch.eye(2, dtype=dtype)
+        u = (angle * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)).to(dtype)
+        rotations = manifolds.SpecialOrthogonal()
+        end, moved = rotations.expmap_transp(x, u, u)
+        for found in (end, rotations.expmap(x, u)):
+            assert (found.double() - expected).abs().max() < limit
+        for found in (moved, rotations.transp_follow_expmap(x, u, u)):
+            assert (found.double() / angle - expected @ u.double() / angle).abs().max() < limit
