@@ -93,9 +93,15 @@ class Sphere(RiemannianSubmanifold):
         return torch.where(opposite, torch.nan, ratio * toward)
 
     def dist(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], *, keepdim: bool = False) -> Tensor:
-        """The angle (*batch) in radians, 2 atan2(‖x − y‖, ‖x + y‖): right for near and opposite points."""
+        """The angle (*batch) in radians, 2 atan2(‖x − y‖, ‖x + y‖): right for near and opposite points.
+
+        Of x − y the part along x + y is left out: it is the rounding of the two norms, and no small part
+        where the points are close.
+        """
+        apart, whole = x - y, x + y
+        apart = apart - sum_point(apart * whole, self.ndim, True) / 4 * whole
         return 2 * torch.atan2(
-            frobenius_norm(x - y, self.ndim, keepdim), frobenius_norm(x + y, self.ndim, keepdim)
+            frobenius_norm(apart, self.ndim, keepdim), frobenius_norm(whole, self.ndim, keepdim)
         )
 
     def dist2(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], *, keepdim: bool = False) -> Tensor:

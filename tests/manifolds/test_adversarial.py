@@ -52,3 +52,20 @@ def test_a_single_rotation_moves_as_exactly_as_a_batch(dtype: torch.dtype, limit
             assert (found.double() - expected).abs().max() < limit
         for found in (moved, rotations.transp_follow_expmap(x, u, u)):
             assert (found.double() / angle - expected @ u.double() / angle).abs().max() < limit
+
+
+@pytest.mark.parametrize(("dtype", "angle"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_tiny_angles_do_not_see_the_rounding_of_the_norms(dtype: torch.dtype, angle: float) -> None:
+    """The angle of the stored points, in float64 with the part of y − x along x taken out by hand."""
+    sphere = manifolds.Sphere()
+    x = drawn(sphere, 200, 4, dtype=dtype)
+    u = sphere.random_tangent(x, generator=torch.Generator().manual_seed(1))
+    y = sphere.retr(x, angle * u / u.norm(dim=-1, keepdim=True))
+    change = y.double() - x.double()
+    along = (change * x.double()).sum(-1, keepdim=True) / x.double().square().sum(-1, keepdim=True)
+    expected = (change - along * x.double()).norm(dim=-1)
+    limit = 64 * torch.finfo(dtype).eps
+    assert ((sphere.dist(x, y).double() - expected) / expected).abs().max() < limit
+    columns = manifolds.Oblique().dist(x.mT, y.mT).double()
+    assert abs(columns / expected.norm() - 1) < limit
+    assert torch.allclose(sphere.dist(x, -x), torch.tensor(torch.pi, dtype=dtype))
