@@ -28,17 +28,18 @@ TANGENTS: dict[str, set[str]] = {
     "retr_cayley": {"u"},
     "expmap": {"u"},
     "transp": {"v"},
-    "retr_transp": {"u", "v"},
-    "expmap_transp": {"u", "v"},
     "transp_follow_retr": {"u", "v"},
     "transp_follow_expmap": {"u", "v"},
     "ehess2rhess": {"u"},
     "second_fundamental_form": {"u", "v"},
     "weingarten": {"u"},
 }
+PROJECTED = {"retr_transp", "expmap_transp"}
+"""Operations that project the vectors of a call from outside where they are not tangent, and do not refuse
+them: geoopt's optimizers call these, and its `RiemannianSGD` begins its momentum with the Euclidean gradient."""
 OPERATIONS = {
     "projx", "proju", "inner", "norm", "dist", "dist2", "logmap", "egrad2rgrad", "normal",
-    *TANGENTS,
+    *TANGENTS, *PROJECTED,
 }  # fmt: skip
 HALF = (torch.float16, torch.bfloat16)
 OPERATION_TOLERANCE = 1e-3
@@ -77,10 +78,14 @@ def operation(method: Callable[..., Any]) -> Callable[..., Any]:
         half = _agree(self, name, tensors)
         if torch.compiler.is_compiling():
             return _compute(method, self, args, options, half)
-        if not _local.quiet:
+        outside = not _local.quiet
+        if outside:
             _check_values(self, name, tensors)
         _local.quiet += 1
         try:
+            if outside and name in PROJECTED and {"x", "u", "v"} <= tensors.keys():
+                x, *vectors = (tensors[key] for key in ("x", "u", "v"))
+                args, options = (x, *(self.proju(x, vector) for vector in vectors)), {}
             return _compute(method, self, args, options, half)
         finally:
             _local.quiet -= 1

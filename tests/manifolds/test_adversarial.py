@@ -69,3 +69,23 @@ def test_tiny_angles_do_not_see_the_rounding_of_the_norms(dtype: torch.dtype, an
     columns = manifolds.Oblique().dist(x.mT, y.mT).double()
     assert abs(columns / expected.norm() - 1) < limit
     assert torch.allclose(sphere.dist(x, -x), torch.tensor(torch.pi, dtype=dtype))
+
+
+@EACH
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_geoopts_momentum_begins_with_a_vector_that_is_not_tangent(
+    manifold: manifolds.Manifold, shape: tuple[int, ...], nesterov: bool
+) -> None:
+    """Its buffer is the Euclidean gradient at first; the step must be taken, and the way stay on."""
+    goal = drawn(manifold, 2, *shape, dtype=torch.float32, seed=1)
+    point = geoopt.ManifoldParameter(drawn(manifold, 2, *shape, dtype=torch.float32), manifold=manifold)
+    optimizer = geoopt.optim.RiemannianSGD([point], lr=0.03, momentum=0.8, nesterov=nesterov)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (manifold.embedding(plain(point)) - manifold.embedding(goal)).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert manifold.contains(plain(point))
