@@ -239,6 +239,10 @@ class Manifold(geoopt.Manifold):
         generator: torch.Generator | None,
     ) -> Tensor:
         """A standard normal tensor of a size given as numbers or as one sequence; checks the shape."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise ManifoldError(
+                f"{self.name}.random: dtype is {dtype}; points are real floating-point tensors"
+            )
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         ok, reason = self._check_shape(shape, "size")  # type: ignore[arg-type]
         if not ok:
