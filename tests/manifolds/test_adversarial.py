@@ -89,3 +89,48 @@ def test_geoopts_momentum_begins_with_a_vector_that_is_not_tangent(
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert manifold.contains(plain(point))
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_gradient_that_is_nothing_but_rounding_is_no_wrong_tangent(
+    manifold: manifolds.Manifold, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """At a minimum the gradient of ½ ‖x − goal‖² is zero up to rounding, in any direction."""
+    x = drawn(manifold, 3, *shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) * torch.finfo(dtype).eps
+    for way in (manifold.retr, manifold.expmap):
+        assert (way(x, noise) - x).abs().max() < 64 * torch.finfo(dtype).eps
+    if shape != (3, 3):  # Every small random tensor of another shape has a part that is not tangent.
+        wrong = noise / noise.abs().amax()
+        wrong[0] = 0
+        with pytest.raises(ManifoldError, match="not tangent at x"):
+            manifold.retr(x, wrong)
+
+
+@EACH
+def test_batches_that_do_not_broadcast_are_named(
+    manifold: manifolds.Manifold, shape: tuple[int, ...]
+) -> None:
+    x = drawn(manifold, 3, *shape, dtype=torch.float64)
+    u = manifold.random_tangent(x, generator=torch.Generator().manual_seed(1))
+    for call in (
+        lambda: manifold.retr(x, u[:2]),
+        lambda: manifold.proju(x, u[:2]),
+        lambda: manifold.inner(x, u[:2]),
+        lambda: manifold.dist(x, x[:2]),
+        lambda: manifold.transp(x, x, u[:2]),
+    ):
+        with pytest.raises(ManifoldError, match=r"must broadcast") as refused:
+            call()
+        assert str(refused.value).startswith(f"{manifold.name}.")
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex128])
+def test_no_points_are_drawn_that_are_not_real(
+    manifold: manifolds.Manifold, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    with pytest.raises(ManifoldError, match=rf"random: dtype is {dtype}"):
+        manifold.random(*shape, dtype=dtype)
