@@ -134,3 +134,13 @@ def test_no_points_are_drawn_that_are_not_real(
 ) -> None:
     with pytest.raises(ManifoldError, match=rf"random: dtype is {dtype}"):
         manifold.random(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_one_vector_meets_every_matrix_of_a_batch(batch: tuple[int, ...]) -> None:
+    """With a stored rank that equals the batch, the wrong reading of the vector gives numbers, too."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*batch, *size, generator=generator) for size in ((5, 3), (3, 4)))
+    matrices = manifolds.LowRank(left, right)
+    assert torch.allclose(matrices @ torch.arange(4.0), left @ right @ torch.arange(4.0), atol=1e-5)
+    assert torch.allclose(torch.arange(5.0) @ matrices, torch.arange(5.0) @ (left @ right), atol=1e-5)
