@@ -50,6 +50,8 @@ def product_norm(
     digits where terms cancel; the derivative comes from that trace q = tr(leftᵀ left rightᵀ right), as ‖·‖
     = √q.
     """
+    left_scale, right_scale = (_entry_scale(factor) for factor in (left, right))
+    left, right = left / left_scale, right / right_scale
     product = _choose(_FrozenProduct, _FrozenProductForward)(left, right)
     scale = product.abs().amax((-2, -1), keepdim=True) if product.numel() else product.sum((-2, -1), True)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
@@ -58,7 +60,14 @@ def product_norm(
     nonzero = size != 0
     safe = torch.where(nonzero, size, 1.0)
     change = torch.where(nonzero, (squared - frozen(squared)) / safe / safe, 0.0)
-    return size * (1 + change).sqrt()
+    return size * (1 + change).sqrt() * left_scale[..., 0, 0] * right_scale[..., 0, 0]
+
+
+def _entry_scale(factor: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch 1 1"]:
+    """The largest entry of each matrix, frozen, or one: for squares that neither overflow nor vanish."""
+    largest = frozen(factor).abs()
+    largest = largest.amax((-2, -1), keepdim=True) if factor.shape[-1] else largest.sum((-2, -1), True)
+    return torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
 
 
 def nearest_of_rank(
