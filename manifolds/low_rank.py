@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class LowRank:
 
     left: Tensor
     right: Tensor
+    __array_ufunc__ = None  # numpy's numbers leave the product to `__rmul__`
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         check_factors(left, right)
@@ -136,6 +137,9 @@ class LowRank:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __iter__(self) -> "Iterator[LowRank]":
+        return (self[item] for item in range(len(self)))
 
     def dense(self) -> Float[Tensor, "*batch m n"]:
         """The product left right."""
@@ -234,6 +238,8 @@ class LowRank:
         `torch.compile` knows this name; it has no operator @ of objects that are not tensors.
         """
         if isinstance(other, Tensor):
+            if other.ndim == 1:
+                return (self.left @ (self.right @ other.unsqueeze(-1))).squeeze(-1)
             return self.left @ (self.right @ other)
         if not isinstance(other, LowRank):
             return NotImplemented
@@ -247,6 +253,8 @@ class LowRank:
     __matmul__ = matmul
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
+        if other.ndim == 1:
+            return ((other.unsqueeze(-2) @ self.left) @ self.right).squeeze(-2)
         return (other @ self.left) @ self.right
 
     @property

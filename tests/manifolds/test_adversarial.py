@@ -1,6 +1,7 @@
 """Uses of manifolds that broke once: what another library or an unlucky argument does to them."""
 
 import geoopt
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -144,3 +145,23 @@ def test_one_vector_meets_every_matrix_of_a_batch(batch: tuple[int, ...]) -> Non
     matrices = manifolds.LowRank(left, right)
     assert torch.allclose(matrices @ torch.arange(4.0), left @ right @ torch.arange(4.0), atol=1e-5)
     assert torch.allclose(torch.arange(5.0) @ matrices, torch.arange(5.0) @ (left @ right), atol=1e-5)
+
+
+def test_a_batch_of_low_rank_is_gone_through_and_scaled_by_numpy() -> None:
+    matrices = manifolds.LowRank(torch.ones(3, 5, 2), torch.ones(3, 2, 4))
+    assert [each.shape for each in matrices] == [(5, 4)] * 3
+    doubled = np.float64(2.0) * matrices
+    assert isinstance(doubled, manifolds.LowRank)
+    assert torch.equal(doubled.dense(), torch.full((3, 5, 4), 4.0))
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1.0, 1e16])
+def test_norm_of_a_product_whose_square_leaves_the_range(scale: float) -> None:
+    """The norm of ones (5, 4) · 2 s² is 2 s² √20, its derivative by s twice that over s."""
+    factor = torch.tensor(scale, requires_grad=True)
+    norm = manifolds.LowRank(factor * torch.ones(5, 2), factor * torch.ones(2, 4)).norm()
+    norm.backward()
+    expected = 2 * 20**0.5 * scale**2
+    assert norm.item() == pytest.approx(expected, rel=1e-5, abs=0)
+    assert factor.grad is not None
+    assert factor.grad.item() == pytest.approx(2 * expected / scale, rel=1e-5, abs=0)
