@@ -79,17 +79,24 @@ class Sphere(RiemannianSubmanifold):
 
     def expmap(self, x: Float[Tensor, "..."], u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """cos(‖u‖) x + sin(‖u‖) u / ‖u‖."""
-        angle = frobenius_norm(u, self.ndim, True)
-        return self.projx(torch.cos(angle) * x + torch.sinc(angle / torch.pi) * u)
+        square = sum_point(u * u, self.ndim, True)
+        small = square < 1e-2
+        angle = torch.where(small, 1.0, square).sqrt()
+        cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square / 40320)))
+        ratio = 1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square / 362880)))
+        cosine = torch.where(small, cosine, torch.cos(angle))
+        return self.projx(cosine * x + torch.where(small, ratio, torch.sin(angle) / angle) * u)
 
     def logmap(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The tangent vector of length `dist` that points to y. At x = −y the direction is undefined: NaN."""
         toward = self.proju(x, y - x)
         sine = frobenius_norm(toward, self.ndim, True)
         angle = torch.atan2(sine, 1 - sum_point((y - x) ** 2, self.ndim, True) / 2)
-        small = sine == 0
-        ratio = torch.where(small, 1.0, angle / torch.where(small, 1.0, sine))
-        opposite = small & (angle > 1)
+        square = sum_point(toward * toward, self.ndim, True)
+        small = (square < 1e-3) & (angle < 1)
+        series = 1 + square * (1 / 6 + square * (3 / 40 + square * (15 / 336 + square * (105 / 3456))))
+        opposite = (sine == 0) & (angle > 1)
+        ratio = torch.where(small, series, angle / torch.where(small | opposite, 1.0, sine))
         return torch.where(opposite, torch.nan, ratio * toward)
 
     def dist(self, x: Float[Tensor, "..."], y: Float[Tensor, "..."], *, keepdim: bool = False) -> Tensor:

@@ -165,3 +165,17 @@ def test_norm_of_a_product_whose_square_leaves_the_range(scale: float) -> None:
     assert norm.item() == pytest.approx(expected, rel=1e-5, abs=0)
     assert factor.grad is not None
     assert factor.grad.item() == pytest.approx(2 * expected / scale, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("manifold", [manifolds.Sphere(ndim=2), manifolds.Oblique()], ids=str)
+@pytest.mark.parametrize("length", [0.0, 1e-16, 1e-9])
+def test_second_derivatives_hold_at_tiny_vectors(manifold: manifolds.Manifold, length: float) -> None:
+    x = drawn(manifold, 4, 3, dtype=torch.float64)
+    u = manifold.random_tangent(x, generator=torch.Generator().manual_seed(1)) * length
+    u.requires_grad_()
+
+    def there(v: Tensor) -> Tensor:
+        return manifold.expmap(x, manifold.proju(x, v))
+
+    for function in (there, lambda v: manifold.logmap(x, there(v))):
+        assert torch.autograd.gradgradcheck(function, (u,), fast_mode=True)
