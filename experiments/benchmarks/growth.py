@@ -47,7 +47,7 @@ def run(settings: Settings | None = None) -> list[dict[str, Any]]:
             for size in sizes:
                 shape = list(settings.middle)
                 shape[axis] = size
-                work, _ = prepare(tuple(shape), settings)
+                work, _ = prepare((shape[0], shape[1], shape[2]), settings)
                 with manifolds.unchecked(), torch.no_grad():
                     times.append(measure(work, rounds=settings.rounds))
             slope, _ = np.polyfit(np.log(sizes), np.log(times), 1)
