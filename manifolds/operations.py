@@ -35,7 +35,7 @@ TANGENTS: dict[str, set[str]] = {
     "weingarten": {"u"},
 }
 PROJECTED = {"retr_transp", "expmap_transp"}
-"""Operations that project the vectors of a call from outside and do not refuse them: geoopt's optimizers call
+"""Operations that project vectors that are not tangent, where others refuse them: geoopt's optimizers call
 these, and its `RiemannianSGD` begins its momentum with the Euclidean gradient."""
 OPERATIONS = {
     "projx", "proju", "inner", "norm", "dist", "dist2", "logmap", "egrad2rgrad", "normal",
@@ -84,8 +84,7 @@ def operation(method: Callable[..., Any]) -> Callable[..., Any]:
         _local.quiet += 1
         try:
             if outside and name in PROJECTED and {"x", "u", "v"} <= tensors.keys():
-                x, *vectors = (tensors[key] for key in ("x", "u", "v"))
-                args, options = (x, *(self.proju(x, vector) for vector in vectors)), {}
+                args, options = (tensors["x"], *_tangent(self, tensors)), {}
             return _compute(method, self, args, options, half)
         finally:
             _local.quiet -= 1
@@ -189,6 +188,21 @@ def _check_values(manifold: Any, name: str, tensors: dict[str, Tensor]) -> None:
             raise
     finally:
         _local.quiet -= 1
+
+
+def _tangent(manifold: Any, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The vectors u and v, projected where they are not tangent."""
+    x, found = tensors["x"], []
+    for vector in (tensors["u"], tensors["v"]):
+        try:
+            with torch.no_grad():
+                tangent = _within(manifold.tangent_defects(widened(x), widened(vector)), _coarse(vector))
+        except RuntimeError as unreadable:
+            if "vmap" not in str(unreadable):
+                raise
+            tangent = True
+        found.append(vector if tangent else manifold.proju(x, vector))
+    return found
 
 
 def _within(defects: dict[str, Tensor], limit: float) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -129,7 +130,7 @@ class PulledMetric(Chart):
 
         return Embedding(function, None if metric.embedded else weight, self.derivatives)
 
-    def _written(self, x: Tensor) -> Tensor:
+    def _written(self, x: Tensor) -> Any:
         """The map at x, with norm layers written out, as second derivatives need."""
         with WrittenOut():
             return self.f(x)

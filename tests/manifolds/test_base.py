@@ -63,7 +63,7 @@ def test_checks_of_values_are_made_from_outside_and_left_out_where_asked() -> No
     with pytest.raises(ManifoldError, match="not on the manifold"):
         Sphere().retr(off, torch.zeros(2))
     with pytest.raises(ManifoldError, match="not tangent"):
-        Sphere().retr_transp(off / 2, torch.zeros(2), torch.ones(2))
+        Sphere().transp_follow_retr(off / 2, torch.zeros(2), torch.ones(2))
     with unchecked():
         assert torch.equal(Sphere().retr(off, torch.zeros(2)), off / 2)
 
