@@ -146,8 +146,8 @@ class TrustBall:
         """Half of the squared distance as a function of x and the center, and the center (*#batch, *point).
 
         Raises:
-            ManifoldError: a center that does not fit or lies off the manifold; no center where there is no
-            zero.
+            ManifoldError: a center that does not fit or lies off the manifold; no center where there is
+                no zero.
         """
         split, ndim = factor_rows(manifold), manifold.ndim
         if self.center is None and split is None and not is_flat(manifold):

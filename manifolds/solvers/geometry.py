@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manifolds.base import Manifold
 from manifolds.errors import ManifoldError
+from manifolds.operations import HALF, widened
 
 EMBEDDED = (geoopt.Euclidean, geoopt.Sphere, geoopt.EuclideanStiefel)
 """geoopt's submanifolds of a Euclidean space with its metric, whose `proju` is the orthogonal projection."""
@@ -94,11 +95,15 @@ class Geometry:
             raise ManifoldError(
                 f"minimize: x0 has {count} entries that are NaN or infinite; start from finite points"
             )
+        limit = 3e-2 if x.dtype in HALF else 1e-5 if x.dtype == torch.float64 else 1e-3
         if isinstance(self.manifold, Manifold):
-            found = self.manifold.contains(x, tolerance=1e-5 if x.dtype == torch.float64 else 1e-3)
+            found = self.manifold.contains(x, tolerance=limit)
             ok, reason = bool(found), found.reason
         else:
-            ok, reason = self.manifold.check_point_on_manifold(x, explain=True, atol=1e-4, rtol=1e-4)
+            limit = max(limit, 1e-4)
+            ok, reason = self.manifold.check_point_on_manifold(
+                widened(x), explain=True, atol=limit, rtol=limit
+            )
         if not ok:
             raise ManifoldError(
                 f"minimize: x0 is not on {self.name}: {reason}; "

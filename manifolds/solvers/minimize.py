@@ -124,7 +124,7 @@ def minimize(
     chosen = _method(method, options)
     x, geometry = _start(x0, manifold), Geometry(manifold)
     geometry.check_point(x)
-    dtype, x = x.dtype, x.float() if x.dtype in HALF else x
+    dtype, x = x.dtype, plain(geometry.manifold.projx(x.float())) if x.dtype in HALF else x
     batch = x.shape[: x.ndim - manifold.ndim]
     parts = _data(data, x, batch)
     divisible = data is not None

@@ -125,6 +125,11 @@ class Problem:
         first = value if self.first is None else self.first
         return 1e3 * eps * torch.maximum(value.abs(), 1e3 * eps * first.abs())
 
+    def noise(self, value: Tensor) -> Tensor:
+        """How far rounding may move f (N): 10 ε of its value, or of the first one, whose summands were larger."""
+        first = value if self.first is None else self.first
+        return 10 * torch.finfo(value.dtype).eps * torch.maximum(value.abs(), first.abs())
+
     def look(self, x: Tensor, *, curvature: bool = False) -> Look:
         """Value and gradient at x, and if asked the product with the second derivative."""
         second = curvature and (

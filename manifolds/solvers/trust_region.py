@@ -95,6 +95,10 @@ class TrustRegion(Method[Region]):
         rounding = problem.rounding(iterate.value)
         ratio = (iterate.value - look.value + rounding) / (model.decrease + rounding)
         ratio = torch.where(look.finite & ratio.isfinite(), ratio, -torch.inf)
+        # Where f cannot show the decrease that the model promises, a smaller gradient shows it.
+        noise = problem.noise(iterate.value)
+        flatter = (model.decrease <= noise) & (look.value <= iterate.value + noise) & (look.norm < norm)
+        ratio = torch.where(flatter & look.finite, 1.0, ratio)
         taken = ratio > self.acceptance
         shrunk = torch.minimum(iterate.radius, model.length) / 4
         grown = torch.where(model.bounded & (ratio > 0.75), 2 * iterate.radius, iterate.radius)
