@@ -119,6 +119,12 @@ def _agree(manifold: Any, name: str, tensors: dict[str, Tensor]) -> torch.dtype 
         raise _error(
             manifold, name, f"{first} has dtype {lead.dtype}; points are real floating-point tensors"
         )
+    if all(
+        value.shape == lead.shape and value.dtype == lead.dtype and value.device == lead.device
+        for _, value in others
+    ):
+        others = []
+        tensors = {first: lead}
     for key, value in others:
         if value.device != lead.device:
             raise _error(

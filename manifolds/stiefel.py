@@ -17,6 +17,7 @@ from manifolds.frames import (
     flow,
     haar,
     identity_defect,
+    minus_product,
     noise_level,
     polar_positive,
     polish,
@@ -143,7 +144,7 @@ class Stiefel(Manifold):
 
     def proju(self, x: Point, u: Point) -> Result:
         """The orthogonal projection onto the tangent space, U − X sym(XᵀU), for both metrics."""
-        return u - x @ sym(x.mT @ u)
+        return minus_product(u, x, sym(x.mT @ u))
 
     def normal(self, x: Point, a: Point) -> Result:
         """The part X sym(XᵀA) that is orthogonal to the tangent space, in both metrics."""
@@ -165,7 +166,7 @@ class Stiefel(Manifold):
 
     def egrad2rgrad(self, x: Point, g: Point) -> Result:
         """The gradient of the metric: G − X sym(XᵀG), or G − X GᵀX for the canonical one."""
-        return g - x @ (g.mT @ x if self.bend else sym(x.mT @ g))
+        return minus_product(g, x, g.mT @ x if self.bend else sym(x.mT @ g))
 
     def ehess2rhess(self, x: Point, g: Point, h: Point, u: Point) -> Result:
         """The Riemannian Hessian applied to u.

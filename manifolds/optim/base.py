@@ -26,7 +26,7 @@ LINE = geoopt.Euclidean(ndim=0)
 entry."""
 STACK_LIMIT = 2**24
 """The most entries that one stacked batch holds; larger ones are cut, so that the copies stay small."""
-BLOCK = 2**16
+BLOCK = 2**17
 """How many entries of a batch are stepped at a time on a CPU."""
 IMPOSSIBLE = {
     "capturable": "the check of the gradients reads a number back from the device, which no graph can record",

@@ -126,7 +126,7 @@ class Problem:
         return 1e3 * eps * torch.maximum(value.abs(), 1e3 * eps * first.abs())
 
     def noise(self, value: Tensor) -> Tensor:
-        """How far rounding may move f (N): 10 ε of its value, or of the first one, whose summands were larger."""
+        """How far rounding may move f (N): 10 ε of its value, or of the first one where that is larger."""
         first = value if self.first is None else self.first
         return 10 * torch.finfo(value.dtype).eps * torch.maximum(value.abs(), first.abs())
 
