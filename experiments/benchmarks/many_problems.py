@@ -187,11 +187,9 @@ def fixed_rank(settings: Settings) -> Family:
     def peer(number: int) -> tuple[Any, Any]:
         a = target[number].cpu().numpy()
 
-        @pymanopt.function.numpy(peer_manifold)
         def cost(u: Any, s: Any, vt: Any) -> Any:
             return 0.5 * np.sum(((u * s) @ vt - a) ** 2)
 
-        @pymanopt.function.numpy(peer_manifold)
         def gradient(u: Any, s: Any, vt: Any) -> Any:
             residual = (u * s) @ vt - a
             along, across = residual @ vt.T, residual.T @ u
@@ -199,7 +197,9 @@ def fixed_rank(settings: Settings) -> Family:
 
         factors = manifolds.LowRank.from_factors(start[number, :m], start[number, m:].mT).svd()
         u, s, vh = (part.cpu().numpy().copy() for part in factors)
-        return pymanopt.Problem(peer_manifold, cost, euclidean_gradient=gradient), point(u, s, vh)
+        known = pymanopt.function.numpy(peer_manifold)  # it takes functions of positional arguments alone
+        value, slope = known(lambda u, s, vt: cost(u, s, vt)), known(lambda u, s, vt: gradient(u, s, vt))
+        return pymanopt.Problem(peer_manifold, value, euclidean_gradient=slope), point(u, s, vh)
 
     def cost(x: Tensor, target: Tensor) -> Tensor:
         return (x[..., :m, :] @ x[..., m:, :].mT - target).square().sum((-1, -2)) / 2

@@ -142,11 +142,9 @@ def peer_problem(data: Data) -> tuple[Any, Any]:
     def errors(u: Any, s: Any, vt: Any) -> Any:
         return np.einsum("ij,ij->i", (u * s)[rows], vt.T[columns]) - values
 
-    @pymanopt.function.numpy(manifold)
     def cost(u: Any, s: Any, vt: Any) -> Any:
         return 0.5 * np.sum(errors(u, s, vt) ** 2)
 
-    @pymanopt.function.numpy(manifold)
     def gradient(u: Any, s: Any, vt: Any) -> Any:
         residual = scipy.sparse.csr_matrix((errors(u, s, vt), (rows, columns)), (m, n))
         along, across = residual @ vt.T, residual.T @ u
@@ -155,7 +153,9 @@ def peer_problem(data: Data) -> tuple[Any, Any]:
     u, s, vh = manifolds.LowRank.from_factors(data.start[:m], data.start[m:].mT).svd()
     point = pymanopt.manifolds.fixed_rank._FixedRankPoint
     start = point(u.numpy().copy(), s.numpy().copy(), vh.numpy().copy())
-    return pymanopt.Problem(manifold, cost, euclidean_gradient=gradient), start
+    known = pymanopt.function.numpy(manifold)  # it takes functions of positional arguments alone
+    value, slope = known(lambda u, s, vt: cost(u, s, vt)), known(lambda u, s, vt: gradient(u, s, vt))
+    return pymanopt.Problem(manifold, value, euclidean_gradient=slope), start
 
 
 def solve_peer(data: Data, limit: float, seconds: float) -> Run:

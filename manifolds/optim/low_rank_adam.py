@@ -40,8 +40,8 @@ class LowRankAdam(RiemannianAdam):
 
     In coordinates of the tangent space, d of them, a step that follows a steady gradient has entries of root
     mean square η. AdamW's η is a length for the entries of B and A, which W multiplies with each other: the
-    two have no fixed ratio, so look for η anew. On the almanac's new facts it came to AdamW's loss in fewer
-    steps than AdamW with the same betas, each step taking longer; a smaller β₁ speeds AdamW up as well.
+    two have no fixed ratio, so look for η anew. The benchmark `lora_almanac` compares the steps that both
+    need; a smaller β₁ speeds AdamW up as well.
 
     At the start of LoRA B = 0: W has rank zero and is no point of the manifold of rank r. Nothing above
     needs it to be one. Where W has lost directions, U has them not, and Uᵀ G has no component there (the

@@ -110,10 +110,10 @@ def test_the_page_says_where_an_aim_was_missed():
         "matrix_completion": {"machine": machine, "result": [row, {**row, "aim": 2.0}, {**row, "aim": None}]}
     }
     lines = [
-        line for line in __main__.page(json.loads(json.dumps(found))).splitlines() if line.startswith("| w")
+        line for line in __main__.page(json.loads(json.dumps(found))).splitlines() if line.startswith("| w |")
     ]
-    assert ["**no**" in line for line in lines] == [True, False, False]
-    assert ["| yes |" in line for line in lines] == [False, True, False]
+    assert ["**missed**" in line for line in lines] == [True, False, False]
+    assert ["2, met" in line for line in lines] == [False, True, False]
 
 
 def test_an_unknown_benchmark_is_named():
