@@ -64,11 +64,12 @@ def test_each_prompt_of_several_keeps_its_own_states(shared_model, tiny_tokenize
 def test_the_model_is_left_as_it_was(shared_model, tiny_tokenizer):
     kernel = shared_model.config._attn_implementation
     before = {name: part.clone() for name, part in shared_model.state_dict().items()}
+    hooks = [dict(module._forward_hooks) for module in shared_model.modules()]
     pull = from_site(shared_model, tiny_tokenizer, PROMPT, Site(1))
     pull.singular_directions(torch.zeros(32), 2)
     assert shared_model.config._attn_implementation == kernel
     assert all(torch.equal(part, before[name]) for name, part in shared_model.state_dict().items())
-    assert not any(module._forward_hooks for module in shared_model.modules())
+    assert [dict(module._forward_hooks) for module in shared_model.modules()] == hooks
 
 
 def test_refusals(shared_model, tiny_tokenizer):
