@@ -93,6 +93,7 @@ class Diagnosis:
         predictors: what the predictor columns hold; the first is the one that gives `probability`.
         settings: what was asked and how it was run. versions: of the libraries. notes: what a reader must
             know.
+        sweeps: a few edits followed over many scales, as `geoedit.diagnosis.sweeps.sweep_results` gives them.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Diagnosis:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sweeps: tuple[dict[str, Any], ...] = ()
 
     @property
     def applied(self) -> bool:
@@ -235,6 +237,7 @@ class Diagnosis:
             "settings": self.settings,
             "versions": self.versions,
             "notes": list(self.notes),
+            "sweeps": list(self.sweeps),
         }
 
     def to_json(self, path: str | Path) -> Path:
@@ -271,6 +274,7 @@ class Diagnosis:
             settings=data["settings"],
             versions=data["versions"],
             notes=tuple(data["notes"]),
+            sweeps=tuple(data.get("sweeps", ())),
         )
 
     def to_html(self, path: str | Path) -> Path:

@@ -21,7 +21,7 @@ from geoedit.concept import Concept, Prompt
 from geoedit.diagnosis.calibrate import probability
 from geoedit.diagnosis.derivatives import derive
 from geoedit.diagnosis.observe import Observed, observe
-from geoedit.diagnosis.plan import Plan, plan_edits
+from geoedit.diagnosis.plan import Plan, PlannedEdit, plan_edits
 from geoedit.diagnosis.predict import (
     LANDING,
     Edits,
@@ -41,7 +41,8 @@ from geoedit.diagnosis.prepare import (
     default_sites,
 )
 from geoedit.diagnosis.readouts import Readouts
-from geoedit.diagnosis.result import Diagnosis, Predictor
+from geoedit.diagnosis.result import Diagnosis, Predictor, SiteSummary
+from geoedit.diagnosis.sweeps import Sweep, choose_sweeps, follow, sweep_results, sweep_runs, swept_edits
 from geoedit.diagnosis.words import describe, notes, versions
 from geoedit.errors import EditError
 from geoedit.site import Site
@@ -132,26 +133,36 @@ def diagnose(
     }
     about = {"name": concept.name, "kind": concept.kind, "description": concept.description}
     texts = [concept.templates[number].text for number in work.templates]
+    summaries = tuple(
+        describe(site, depth, work.states[site], work.means[site], work.rows)
+        for depth, site in enumerate(work.places)
+    )
+    planned = len(work.plan.edits)
+    swept = [
+        work.swept(site, table[planned:], summary, apply)
+        for site, table, summary in zip(work.places, tables, summaries, strict=True)
+    ]
     return Diagnosis(
         model=name
         or PurePath(getattr(getattr(model, "config", None), "name_or_path", "")).name
         or type(model).__name__,
         concept={**about, "values": list(concept.values), "templates": texts},
-        sites=tuple(
-            describe(site, depth, work.states[site], work.means[site], work.rows)
-            for depth, site in enumerate(work.places)
-        ),
-        table=pd.concat(tables, ignore_index=True),
+        sites=summaries,
+        table=pd.concat([table[:planned] for table in tables], ignore_index=True),
         predictors=available,
         settings=settings,
         versions=versions(),
         notes=notes(available[0] is LANDING, apply, work.plan, len(work.templates) < len(concept.templates)),
+        sweeps=tuple(entry for found in swept for entry in found),
     )
 
 
 @dataclass
 class _Work:
-    """One diagnosis at work: what was prepared and collected, and the steps that use it."""
+    """One diagnosis at work: what was prepared and collected, and the steps that use it.
+
+    `edits` are those of the plan, and after them those of the sweeps.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -162,6 +173,7 @@ class _Work:
     source: Texts
     places: dict[Site, Location]
     plan: Plan
+    sweeps: tuple[Sweep, ...]
     rows: Rows
     edits: Edits
     states: dict[Site, Float[Tensor, "rows width"]]
@@ -174,14 +186,9 @@ class _Work:
     def mask_token(self) -> int | None:
         return getattr(self.tokenizer, "mask_token_id", None)
 
-    @property
-    def wanted(self) -> Int[Tensor, " edits"]:
-        """Token ids of the wanted answers; diagnose has made sure that there are answers."""
-        if self.edits.answer is None:
-            raise EditError(
-                f"concept {self.concept.name!r} has no answers to look for; give its templates answers."
-            )
-        return torch.tensor(self.readouts.answers)[self.edits.answer]
+    def wanted(self, targets: Sequence[int]) -> Int[Tensor, " edits"]:
+        """Token ids of the answers at these rows; diagnose has made sure that there are answers."""
+        return torch.tensor([self.readouts.answers[self.groups[row]] for row in targets], dtype=torch.long)
 
     def bar(self, total: int, description: str, unit: str) -> Any:
         hidden = None if self.progress is None else not self.progress
@@ -212,28 +219,71 @@ class _Work:
         return found, available
 
     def observations(self) -> dict[Site, Observed]:
-        wanted = self.wanted
-        with self.bar(len(self.places) * len(self.plan.edits), "editing", "edit") as bar:
+        planned = self.plan.edits
+        with self.bar(len(self.places) * len(planned), "editing", "edit") as bar:
             return {
-                site: observe(
-                    self.model,
-                    self.source,
+                site: self.observe(
                     site,
-                    place,
-                    self.edits.source.tolist(),
-                    shifts(self.means[site], self.edits),
-                    wanted,
-                    mask_token=self.mask_token,
-                    batch_size=2 * self.batch_size,
-                    progress=bar.update,
+                    [edit.source for edit in planned],
+                    [edit.target for edit in planned],
+                    shifts(self.means[site], self.edits)[: len(planned)],
+                    bar,
                 )
-                for site, place in self.places.items()
+                for site in self.places
             }
+
+    def observe(
+        self,
+        site: Site,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        shift: Float[Tensor, "edits width"],
+        bar: Any,
+    ) -> Observed:
+        return observe(
+            self.model,
+            self.source,
+            site,
+            self.places[site],
+            sources,
+            shift,
+            self.wanted(targets),
+            mask_token=self.mask_token,
+            batch_size=2 * self.batch_size,
+            progress=bar.update,
+        )
+
+    def swept(
+        self, site: Site, table: pd.DataFrame, summary: SiteSummary, apply: bool
+    ) -> list[dict[str, Any]]:
+        """Follow the sweeps at one site; run them at a few of their scales if the edits are applied."""
+        routes = follow(self.sweeps, self.rows.value, self.states[site], self.means[site], None)
+        heard: list[tuple[str, bool]] = []
+        if apply:
+            edits, shift = sweep_runs(self.sweeps, routes)
+            sources, targets = [edit.source for edit in edits], [edit.target for edit in edits]
+            with self.bar(len(edits), f"sweeping {site}", "edit") as bar:
+                seen = self.observe(site, sources, targets, shift, bar)
+            arrived = (seen.token == self.wanted(targets)).tolist()
+            heard = list(zip(self.answers(seen), arrived, strict=True))
+        return sweep_results(
+            self.sweeps,
+            routes,
+            table,
+            heard,
+            states=self.states[site],
+            means=self.means[site],
+            coordinates=summary.coordinates,
+            prompts=self.prompts,
+        )
+
+    def answers(self, observed: Observed) -> list[str]:
+        return [self.tokenizer.decode([token]).strip() for token in observed.token.tolist()]
 
     def table(
         self, site: Site, predictions: Predictions, observed: Observed | None, default: Predictor
     ) -> pd.DataFrame:
-        values, edits = self.concept.values, self.plan.edits
+        values, edits = self.concept.values, [*self.plan.edits, *swept_edits(self.sweeps)]
         rivals = [OTHER if row < 0 else self.prompts[row].value for row in predictions.rival.tolist()]
         columns: dict[str, Any] = {
             "site": [str(site)] * len(edits),
@@ -252,10 +302,12 @@ class _Work:
             "log_odds_change": [float("nan")] * len(edits),
         }
         if observed is not None:
-            columns["success"] = (observed.token == self.wanted).tolist()
-            columns["answer"] = [self.tokenizer.decode([token]).strip() for token in observed.token.tolist()]
-            change = observed.log_odds.double() - self.readouts.wanted_odds(self.edits).double()
-            columns["log_odds_change"] = change.numpy()
+            run = slice(len(self.plan.edits))
+            wanted = self.wanted([edit.target for edit in self.plan.edits])
+            columns["success"][run] = (observed.token == wanted).tolist()
+            columns["answer"][run] = self.answers(observed)
+            change = observed.log_odds.double() - self.readouts.wanted_odds(self.edits)[run].double()
+            columns["log_odds_change"][run] = change.tolist()
         return pd.DataFrame(columns).astype({"success": "boolean"})
 
     def _parts(self) -> Iterator[Mapping[Site, Location]]:
@@ -314,6 +366,7 @@ def _prepare(
         check_answer_places(source, tokenizer, known)
     groups, ids = answer_groups(concept, prompts, tokenizer, answered)
     plan = plan_edits(concept, prompts, groups, scales=scales, max_edits=max_edits, seed=seed)
+    sweeps = choose_sweeps(plan, prompts, scales=scales, sites=len(places), seed=seed)
     collected = collect(model, tokenizer, prompts, places, batch_size=batch_size, progress=progress)
     states = {site: _wide(collected[site]) for site in places}
     rows = Rows(
@@ -332,8 +385,9 @@ def _prepare(
         source=source,
         places=places,
         plan=plan,
+        sweeps=sweeps,
         rows=rows,
-        edits=_edits(plan, groups, bool(ids)),
+        edits=_edits([*plan.edits, *swept_edits(sweeps)], groups, bool(ids)),
         states=states,
         means={site: class_means(part, rows.value, rows.values) for site, part in states.items()},
         readouts=Readouts(ids, samples, seed, head),
@@ -342,8 +396,7 @@ def _prepare(
     )
 
 
-def _edits(plan: Plan, groups: Sequence[int], answered: bool) -> Edits:
-    edits = plan.edits
+def _edits(edits: Sequence[PlannedEdit], groups: Sequence[int], answered: bool) -> Edits:
     return Edits(
         torch.tensor([edit.source for edit in edits]),
         torch.tensor([edit.target for edit in edits]),
