@@ -6,10 +6,10 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from geoedit.edits.base import Edit, Work
@@ -34,12 +34,33 @@ class Selected:
         positions: For each state, its place in the pass.
         batch: Number of rows given.
         scale: The edit's scale: a number, or one for each state as (selected, 1).
+        notes: What `note` counted, over all passes.
     """
 
     rows: Int[Tensor, " selected"]
     positions: Int[Tensor, " selected"]
     batch: int
     scale: float | int | Tensor
+    notes: dict[str, Tally] = field(default_factory=dict)
+
+    def note(self, reason: str, where: Bool[Tensor, " selected"]) -> None:
+        """Count states that could not be changed; the message of an edit without effect gives the reason."""
+        self.notes.setdefault(reason, Tally()).add(where.long())
+
+    def of_rows(self, tensor: Tensor, name: str) -> Float[Tensor, "some width"]:
+        """For each state the vector of its row; a single one (width,) or (1, width) is for all of them.
+
+        Raises:
+            EditError: there are neither one nor as many as rows in the batch.
+        """
+        if tensor.dim() == 1 or tensor.shape[0] == 1:
+            return tensor.reshape(1, -1)
+        if tensor.shape[0] == self.batch:
+            return tensor[self.rows]
+        raise EditError(
+            f"{name} has {tensor.shape[0]} rows, but the batch has {self.batch}; give one a row, or a single"
+            " one for all."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +97,9 @@ class ActivationEdit(Edit):
     >>> Clip(Site(2), 3.0, scale=0.5)
     Clip(block 2 residual_out @ last, scale=0.5)
     """
+
+    saved_apart: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a subclass puts into `describe` and takes out in `rebuild` by itself."""
 
     site: Site
     _: KW_ONLY
@@ -150,6 +174,13 @@ class ActivationEdit(Edit):
         named = ((each.name, getattr(self, each.name)) for each in fields(self))
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
+    def placed(self: AnyActivationEdit, device: torch.device, dtype: torch.dtype) -> AnyActivationEdit:
+        """The same edit with its tensors on a device and in a dtype, to work on states there."""
+        found = copy.copy(self)
+        for name, tensor in self.tensors().items():
+            object.__setattr__(found, name, tensor.to(device=device, dtype=dtype))
+        return found
+
     def with_scale(self: AnyActivationEdit, scale: float | int | Tensor) -> AnyActivationEdit:
         """The same edit at another scale."""
         return replace(self, scale=scale)
@@ -175,7 +206,8 @@ class ActivationEdit(Edit):
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Give what a file must hold: the fields."""
         tensors = self.tensors()
-        others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in tensors}
+        apart = tensors.keys() | self.saved_apart
+        others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in apart}
         others["fingerprint"] = self.fingerprint or getattr(self, "_used_on", None)
         return {
             name: to_json(value, f"{type(self).__name__}.{name}") for name, value in others.items()
@@ -231,6 +263,7 @@ class _Running(Work):
         self.width = location.width
         self.placed: dict[tuple[torch.device, torch.dtype], ActivationEdit] = {}
         self.moved, self.broken, self.never_finite = Tally(), Tally(), Tally()
+        self.notes: dict[str, Tally] = {}
         self.handle = intercept(
             model, edit.site, self.apply, phase=edit.phase, value_ids=edit.value_ids, location=location
         )
@@ -250,7 +283,7 @@ class _Running(Work):
         old = states[rows, positions].to(wide)
         edit = self._on(states.device, wide)
         owners, batch = rows // this_pass.expansion, this_pass.shape[0] // this_pass.expansion
-        at = Selected(owners, positions, batch, _scale_for(edit, owners, batch))
+        at = Selected(owners, positions, batch, _scale_for(edit, owners, batch), self.notes)
         with torch.autocast(states.device.type, enabled=False):
             new = edit.change(old, at)
         if new.shape != old.shape:
@@ -272,19 +305,20 @@ class _Running(Work):
             self.width = width
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> ActivationEdit:
-        """The edit with its tensors on the states' device and in their dtype, moved at the first need."""
+        """The edit with all it needs on the states' device and in their dtype, moved at the first need.
+
+        Tensors that are being learned are taken anew in every pass.
+        """
         found = self.placed.get((device, dtype))
-        if found is not None:
-            return found
-        tensors = self.edit.tensors()
-        learned = any(tensor.requires_grad for tensor in tensors.values())
-        found = copy.copy(self.edit)
-        # Tensors made in inference mode could not be used for gradients later.
-        with torch.inference_mode(torch.is_inference_mode_enabled() and learned):
-            for name, tensor in tensors.items():
+        if found is None:
+            # Tensors made in inference mode could not be used for gradients later.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self.placed[device, dtype] = self.edit.placed(device, dtype)
+        learned = {name: each for name, each in self.edit.tensors().items() if each.requires_grad}
+        if learned:
+            found = copy.copy(found)
+            for name, tensor in learned.items():
                 object.__setattr__(found, name, tensor.to(device=device, dtype=dtype))
-        if not learned:
-            self.placed[device, dtype] = found
         return found
 
     def check(self) -> None:
@@ -315,7 +349,7 @@ class _Running(Work):
         if self.broken:
             raise EditError(
                 f"{edit} turned finite states into infinite or NaN ones in {self.dtype}: lower the scale,"
-                " or run the model in float32 or bfloat16."
+                f" or run the model in float32 or bfloat16.{self._noted(' It found that ', '.')}"
             )
         if not handle.changed:
             raise EditError(f"{edit} changed nothing at {handle.selected} selected tokens: {self._reason()}.")
@@ -325,10 +359,16 @@ class _Running(Work):
         if not bool(scale.any() if isinstance(scale, Tensor) else scale):
             return "its scale is 0"
         if not self.moved:
-            return self.edit.unchanged_because() or (
+            return (self.edit.unchanged_because() or self._noted()) or (
                 f"the new states are the old ones, as far as {self.dtype} can tell; is the scale too small?"
             )
         return f"the change was lost to rounding in {self.dtype}; raise the scale or run the model in float32"
+
+    def _noted(self, before: str = "", after: str = "") -> str:
+        """What the edit noted of its states, in words; empty when it noted nothing."""
+        counts = {reason: int(tally) for reason, tally in self.notes.items()}
+        said = "; ".join(f"at {count} of them {reason}" for reason, count in counts.items() if count)
+        return f"{before}{said}{after}" if said else ""
 
 
 def _scale_for(edit: ActivationEdit, rows: Tensor, batch: int) -> float | int | Tensor:

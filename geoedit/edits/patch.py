@@ -46,15 +46,7 @@ class Patch(ActivationEdit, kind="patch"):
         self, states: Float[Tensor, "selected width"], at: Selected
     ) -> Float[Tensor, "selected width"]:
         """Move each state to the given one of its row."""
-        if self.states.dim() == 1 or self.states.shape[0] == 1:
-            given = self.states.reshape(1, -1).expand_as(states)
-        elif self.states.shape[0] == at.batch:
-            given = self.states[at.rows]
-        else:
-            raise EditError(
-                f"{self}: there are states for {self.states.shape[0]} rows, but the batch has {at.batch};"
-                " give one state a row, or a single one for all."
-            )
+        given = at.of_rows(self.states, "Patch.states").expand_as(states)
         if not isinstance(at.scale, Tensor) and at.scale == 1:
             return given
         return states + at.scale * (given - states)

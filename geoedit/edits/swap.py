@@ -66,7 +66,7 @@ class SwapMeans(ActivationEdit, kind="swap-means"):
         mark = getattr(means, "fingerprint", None)
         if isinstance(mark, Fingerprint):
             others.setdefault("fingerprint", mark)
-        return cls(site, _mean(means, site, source), _mean(means, site, target), **others)
+        return cls(site, mean_of(means, site, source), mean_of(means, site, target), **others)
 
     def change(
         self, states: Float[Tensor, "selected width"], at: Selected
@@ -79,7 +79,12 @@ class SwapMeans(ActivationEdit, kind="swap-means"):
         return "its source and its target are the same" if bool((self.source == self.target).all()) else None
 
 
-def _mean(means: Means, site: Site, value: str) -> Tensor:
+def mean_of(means: Means, site: Site, value: str) -> Tensor:
+    """The mean state (width,) of one value.
+
+    Raises:
+        EditError: there is no such value or site.
+    """
     if isinstance(means, Statistics):
         return means.mean(site, value)
     if isinstance(means, Activations):
