@@ -222,8 +222,8 @@ def negligible(part: Tensor, whole: Tensor) -> Tensor:
     return part <= ROUNDING * torch.finfo(part.dtype).eps * whole
 
 
-def still(scale: float | int | Tensor, count: int, device: torch.device) -> Bool[Tensor, " selected"]:
-    """For each of some states, whether its scale is zero."""
-    if isinstance(scale, Tensor):
-        return (scale.detach() == 0).reshape(-1).expand(count)
-    return torch.full((count,), scale == 0, device=device)
+def lost(
+    steps: Float[Tensor, "selected 1"], points: Float[Tensor, "selected width"]
+) -> Bool[Tensor, " selected"]:
+    """Whether steps of these lengths are zero, or lost in the rounding of the points that they start from."""
+    return steps.detach()[:, 0].abs() <= torch.finfo(points.dtype).eps * size_of(points)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geoedit.edits.activation import Selected
-from geoedit.edits.on_manifold import Feet, ManifoldEdit, negligible, size_of, still
+from geoedit.edits.on_manifold import Feet, ManifoldEdit, lost, negligible, size_of
 from geoedit.errors import EditError
 
 
@@ -67,12 +67,13 @@ class TangentSteer(ManifoldEdit, kind="tangent-steer"):
         direction = at.of_rows(self.direction, "TangentSteer.direction").expand_as(feet.points)
         points, along = feet.points, feet.tangent_part(direction, self.manifold)
         normal = negligible(size_of(along), size_of(direction))
+        unmoved = normal | lost(at.scale * size_of(along)[:, None], points)
         at.note("the direction is normal to the manifold", normal)
         for step in range(self.steps):
             if step:
                 along = self.manifold.proju(points, direction)
             points = self.manifold.retr(points, (at.scale / self.steps) * along)
-        return points, normal | still(at.scale, len(points), points.device)
+        return points, unmoved
 
     def unchanged_because(self) -> str | None:
         """Say that the direction is zero, if it is."""
