@@ -4,6 +4,7 @@ A learned manifold knows one thing of its own: for any state, the foot on the ma
 there. Tangent projection, retraction, transport, distances and geodesics are made of that.
 """
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manifolds.base import RiemannianSubmanifold
+from manifolds.cloud.io import read_manifold, write_manifold
 from manifolds.operations import operation
+
+STEPS = 16
+"""How many retractions make an exponential."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,22 @@ class LearnedManifold(RiemannianSubmanifold):
     def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "LearnedManifold":
         """Make the manifold again from what `describe` gave, to the bit."""
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the manifold to a safetensors file: whole or not at all; see `manifolds.cloud.io`."""
+        write_manifold(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], device: torch.device | str | None = None
+    ) -> "LearnedManifold":
+        """Read a manifold that `save` wrote, of whatever kind.
+
+        Raises:
+            ManifoldError: there is no such file, it is cut off or no manifold, or of another kind than the
+                class that is asked.
+        """
+        return read_manifold(cls, path, device)
+
     def dimension(self, point: Tensor | Sequence[int]) -> int:
         """The dimension of the manifold, whatever the point."""
         return self.dim
@@ -100,6 +121,21 @@ class LearnedManifold(RiemannianSubmanifold):
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """The foot of x + u."""
         return self.projx(x + u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """The geodesic from x with velocity u at time 1, by `STEPS` retractions.
+
+        After each, the velocity is projected and keeps its length; the error falls as the square of the
+        number of steps.
+        """
+        length = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+        at, velocity = x, u / STEPS
+        for _ in range(STEPS):
+            at = self.retr(at, velocity)
+            velocity = self.proju(at, velocity)
+            size = torch.linalg.vector_norm(velocity, dim=-1, keepdim=True)
+            velocity = velocity * (length / STEPS / torch.where(size > 0, size, 1.0))
+        return at
 
     def point_defects(self, x: Tensor) -> dict[str, Tensor]:
         """The distance from the manifold, relative to the norm of the point."""
