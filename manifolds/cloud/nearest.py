@@ -88,8 +88,7 @@ def nearest(shape: Curve | Sheet, table: Table, y: Float[Tensor, "b r"]) -> Near
     with torch.no_grad():
         seen = y.detach()
         rows = max(1, BLOCK // len(table.places))
-        search = _on_curve if isinstance(shape, Curve) else _on_sheet
-        found = torch.cat([search(shape, table, part) for part in seen.split(rows)])  # type: ignore[operator]
+        found = torch.cat([_searched(shape, table, part) for part in seen.split(rows)])
         if isinstance(shape, Curve):
             spacing = (shape.breaks[1:] - shape.breaks[:-1]).amin() / PER_SEGMENT
         else:
@@ -110,6 +109,10 @@ def nearest(shape: Curve | Sheet, table: Table, y: Float[Tensor, "b r"]) -> Near
     if table.closed:
         found = table.low + torch.remainder(found - table.low, table.high - table.low)
     return Nearest(found, free)
+
+
+def _searched(shape: Curve | Sheet, table: Table, y: Tensor) -> Tensor:
+    return _on_curve(shape, table, y) if isinstance(shape, Curve) else _on_sheet(shape, table, y)
 
 
 def _slope(shape: Curve | Sheet, t: Tensor, y: Tensor) -> Tensor:

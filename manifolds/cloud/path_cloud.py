@@ -265,7 +265,7 @@ class _Parts:
         if path.power is None:
             self.shape = Curve(*(get(name) for name in CURVE))
         else:
-            self.shape = Sheet(*(get(name) for name in SHEET), power=path.power)  # type: ignore[misc]
+            self.shape = Sheet(**{name: get(name) for name in SHEET}, power=path.power)
         self.table: Table = tabulate(self.shape, path.closed)
         self.size = float((self.table.values - self.table.values.mean(0)).square().sum(-1).mean().sqrt())
 

@@ -126,8 +126,8 @@ def _on(value: Any, like: Tensor) -> Any:
 def _check_labels(points: Tensor, labels: Tensor) -> int:
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.shape != points.shape[:1]:
         raise ManifoldError(
-            f"PathCloud.fit: labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; give one integer "
-            f"for each of the {len(points)} points"
+            f"PathCloud.fit: labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; give one "
+            f"integer for each of the {len(points)} points"
         )
     if labels.device != points.device:
         raise ManifoldError(
@@ -162,8 +162,9 @@ def _check_coordinates(coordinates: Tensor | None, count: int) -> np.ndarray | N
     if given.shape[1] == 1 and not (np.diff(given[:, 0]) > 0).all():
         where = int(np.argmin(np.diff(given[:, 0]) > 0))
         raise ManifoldError(
-            f"PathCloud.fit: the coordinates of a curve increase with the class, and those of classes {where} "
-            f"and {where + 1} are {given[where, 0]:g} and {given[where + 1, 0]:g}; number the classes in order"
+            f"PathCloud.fit: the coordinates of a curve increase with the class, and those of classes "
+            f"{where} and {where + 1} are {given[where, 0]:g} and {given[where + 1, 0]:g}; number the "
+            "classes in order"
         )
     if len(np.unique(given, axis=0)) < count:
         raise ManifoldError("PathCloud.fit: two classes have the same coordinates; put them into one")
@@ -220,9 +221,9 @@ def _directions(points: Tensor, labels: Tensor, means: Tensor, kept: Tensor) -> 
 def _steps(classes: Classes) -> np.ndarray:
     """The steps between neighbours, and the closing one last, without their noise.
 
-    The square of a step holds the noise of both its ends, which is taken off. What is left is drawn to the mean
-    of all, as far as its error is larger than the steps differ (James and Stein): where noise is all that makes
-    them unequal, they come out equal.
+    The square of a step holds the noise of both its ends, which is taken off. What is left is drawn to the
+    mean of all, as far as its error is larger than the steps differ (James and Stein): where noise is all
+    that makes them unequal, they come out equal.
     """
     after = classes.means.roll(-1, 0)
     square = (after - classes.means).square().sum(-1)
@@ -312,8 +313,8 @@ def _hull(places: np.ndarray, shape: Curve | Sheet) -> Tensor:
 def reach(shape: Curve | Sheet, table: Table) -> float:
     """The reach of a curve or sheet: the smallest radius of curvature, or half the narrowest gap.
 
-    Federer's formula, inf ‖q − p‖² / (2 · distance of q − p from the tangent space at p), over pairs of places
-    of the table that are not next to each other; for those that are, 1 / ‖II(v, v)‖ of unit v.
+    Federer's formula, inf ‖q − p‖² / (2 · distance of q − p from the tangent space at p), over pairs of
+    places of the table that are not next to each other; for those that are, 1 / ‖II(v, v)‖ of unit v.
 
     Source: Federer, "Curvature measures" (1959), theorem 4.18.
     """
