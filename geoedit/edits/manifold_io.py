@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,8 @@ def describe_manifold(manifold: geoopt.Manifold) -> tuple[dict[str, Any], dict[s
     """
     if isinstance(manifold, LearnedManifold) and manifold.kind is not None:
         values, tensors = manifold.describe()
-        return {"learned": manifold.kind, "values": to_json(values, type(manifold).__name__)}, tensors
+        values = to_json(_packed(values), type(manifold).__name__)
+        return {"learned": manifold.kind, "values": values}, tensors
     for name, (known, arguments) in KNOWN.items():
         if type(manifold) is known:
             given = {argument: getattr(manifold, argument) for argument in arguments}
@@ -67,7 +69,7 @@ def rebuild_manifold(description: Any, tensors: Mapping[str, Tensor]) -> geoopt.
     """
     if not isinstance(description, Mapping) or not isinstance(description.get("values"), Mapping):
         raise EditError("The edit has no manifold: the file is damaged.")
-    values = from_json(dict(description["values"]))
+    values = _unpacked(from_json(dict(description["values"])))
     learned, known = description.get("learned"), description.get("known")
     if learned is not None and learned not in LearnedManifold._kinds:
         raise EditError(
@@ -99,3 +101,21 @@ def moved_manifold(manifold: geoopt.Manifold, device: torch.device, dtype: torch
 
 def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _packed(value: Any) -> Any:
+    """A value with its infinite and undefined numbers as words: JSON has none, a reach may be infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$number": str(value)}
+    if isinstance(value, Mapping):
+        return {key: _packed(item) for key, item in value.items()}
+    return [_packed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unpacked(value: Any) -> Any:
+    """Undo `_packed`."""
+    if isinstance(value, dict):
+        if value.keys() == {"$number"}:
+            return float(value["$number"])
+        return {key: _unpacked(item) for key, item in value.items()}
+    return [_unpacked(item) for item in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import manifolds
-from geoedit.edits import GeodesicSteer, LinearSteer, Patch, TangentSteer
+from geoedit.edits import ActivationEdit, GeodesicSteer, LinearSteer, Patch, Selected, TangentSteer
 from geoedit.errors import EditError
 from geoedit.site import Site
 from manifolds.cloud.learned import LearnedManifold, Projection
@@ -336,15 +336,97 @@ def test_states_outside_of_the_samples_can_be_left(shared_gpt2) -> None:
     assert 0 < int(inside.sum()) < inside.numel()
 
 
-def test_a_compiled_model(shared_gpt2) -> None:
+class Two(nn.Module):
+    """As little of a model as an edit can sit in: compiling a real one takes half a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(70, WIDTH), nn.Linear(WIDTH, 70)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+def test_a_compiled_model() -> None:
     torch._dynamo.reset()
-    for edit in (TangentSteer(SITE, ring(), V), GeodesicSteer(SITE, ring(), W)):
-        expected = read_edited(shared_gpt2, edit)
-        with edit.on(shared_gpt2), torch.no_grad():
-            logits = shared_gpt2(IDS).logits
-            found = torch.compile(shared_gpt2, backend="eager")(IDS).logits
-        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
-        assert expected.shape == (3, 4, WIDTH)
+    model = Two()
+    for edit in (
+        TangentSteer(Site(module="embed"), ring(), V),
+        GeodesicSteer(Site(module="embed"), SPHERE, W),
+    ):
+        with edit.on(model), torch.no_grad():
+            expected = model(IDS)
+            found = torch.compile(model, backend="eager")(IDS)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# Under `generate`.
+
+PROMPTS = torch.tensor([[11, 12, 13, 14, 15], [0, 0, 21, 22, 23], [0, 0, 0, 31, 32]])
+REAL = (PROMPTS > 0).long()
+
+
+def generated(model: nn.Module, edit: ActivationEdit, **options: Any) -> Tensor:
+    given = {"input_ids": PROMPTS, "attention_mask": REAL, "max_new_tokens": 4, "do_sample": False}
+    with edit.on(model):
+        return model.generate(**given, pad_token_id=0, eos_token_id=None, **options)
+
+
+def by_hand(model: nn.Module, edit: ActivationEdit, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """Greedy generation that runs the whole text for each token and moves the states in a plain hook."""
+    ids, real = PROMPTS, REAL
+
+    def put(module: nn.Module, args: tuple, output: object) -> object:
+        states = output[0] if isinstance(output, tuple) else output
+        new = states.clone()
+        if edit.phase != "new":
+            first = 0 if edit.site.token == "all" else 4
+            new[:, first:5] = move(states[:, first:5])
+        if edit.phase != "prompt":
+            new[:, 5:] = move(states[:, 5:])
+        new = torch.where(real[..., None].bool(), new, states)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = blocks_of(model)[1].register_forward_hook(put)
+    for _ in range(4):
+        places = (real.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=False).logits
+        following = logits[:, -1:].argmax(-1)
+        ids, real = torch.cat([ids, following], 1), torch.cat([real, torch.ones_like(following)], 1)
+    handle.remove()
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("token", "phase"), [("last", "both"), ("all", "both"), ("all", "prompt"), ("last", "new")]
+)
+def test_generate_agrees_with_a_loop_by_hand(token, phase, shared_model) -> None:
+    shared_model.generation_config.eos_token_id = None
+    edit = TangentSteer(Site(1, token=token), ring(), 2 * V, scale=3.0, phase=phase, residual="drop")
+    expected = by_hand(shared_model, edit, lambda x: edit.change(x.flatten(0, 1), flat_rows(x)).view_as(x))
+    assert torch.equal(generated(shared_model, edit), expected)
+    assert torch.equal(generated(shared_model, edit, use_cache=False), expected)
+    other = GeodesicSteer(edit.site, ring(), W, phase=phase, residual="drop")
+    expected = by_hand(shared_model, other, lambda x: ring().projx(W).expand_as(x))
+    assert torch.equal(generated(shared_model, other), expected)
+
+
+def flat_rows(states: Tensor) -> Selected:
+    rows = torch.arange(states.shape[0]).repeat_interleave(states.shape[1])
+    return Selected(rows, torch.zeros_like(rows), states.shape[0], 3.0)
+
+
+def test_beams_keep_the_target_of_their_row(shared_gpt2) -> None:
+    shared_gpt2.generation_config.eos_token_id = None
+    targets = draw(3, WIDTH, seed=9)
+    edit = GeodesicSteer(Site(1), ring(), targets, scale=torch.tensor([1.0, 0.5, 1.0]), residual="drop")
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    found = generated(shared_gpt2, edit, **options)
+    assert torch.equal(found, generated(shared_gpt2, edit, use_cache=False, **options))
+    for row, share in enumerate((1.0, 0.5, 1.0)):
+        one = GeodesicSteer(Site(1), ring(), targets[row], scale=share, residual="drop")
+        assert torch.equal(generated(shared_gpt2, one, **options)[2 * row], found[2 * row])
 
 
 # Gradients.

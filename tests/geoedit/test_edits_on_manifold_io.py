@@ -74,6 +74,14 @@ def test_what_is_saved_comes_back_and_does_the_same_to_the_bit(name, shared_gpt2
     assert os.listdir(tmp_path) == ["edit.safetensors"]
 
 
+def test_a_flat_manifold_has_an_infinite_reach(tmp_path) -> None:
+    values, tensors = CLOUD.describe()
+    flat = PointCloud.rebuild({**values, "reach": math.inf, "noise": math.nan}, tensors)
+    TangentSteer(SITE, flat, V).save(tmp_path / "edit.safetensors")
+    again = load_edit(tmp_path / "edit.safetensors").manifold
+    assert again.reach == math.inf and math.isnan(again.noise)
+
+
 def test_the_size_that_is_stated_is_that_of_the_file(tmp_path) -> None:
     for name in ("point cloud", "path", "sphere"):
         EDITS[name].save(tmp_path / name)
