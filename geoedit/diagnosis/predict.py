@@ -168,7 +168,7 @@ def predict(
     available = predictors(gradients)
     columns = {entry.column: torch.full((len(shift),), torch.nan, dtype=states.dtype) for entry in available}
     rival = torch.full((len(shift),), -1, dtype=torch.long)
-    factors = _factors(gradients)
+    factors = metric_factors(gradients)
     for template in rows.template[edits.source].unique():
         frame = _Frame.of(template, states, shift, rows, edits)
         distances = {EUCLIDEAN: euclidean_distances(frame.states, frame.source, frame.shift)}
@@ -197,7 +197,8 @@ def predict(
     return Predictions(columns, rival)
 
 
-def _factors(gradients: Gradients) -> dict[Predictor, Float[Tensor, "rows rank width"]]:
+def metric_factors(gradients: Gradients) -> dict[Predictor, Float[Tensor, "rows rank width"]]:
+    """Return the factors F of the metrics `g = F^T F` at every row, for each predictor that uses one."""
     found = {}
     if gradients.answers is not None:
         answers = gradients.answers[:, :-1]

@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from geoedit.diagnosis.plan import MEAN_DIFFERENCE
 from geoedit.diagnosis.scores import Calibration, bootstrap_auroc, calibration
 from geoedit.errors import EditError
 
 FORMAT = "geoedit.diagnosis"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
+GEOMETRY = ("off_manifold", "off_distance", "off_relative", "off_visible", "safe_low", "safe_scale")
+"""Columns of the table that version 1 did not have; NaN where a number is not known."""
 ALL_SITES = "all sites"
 
 
@@ -44,6 +48,8 @@ class SiteSummary:
             states from their class mean (squared units of the state).
         separation: share of the variance that lies between classes once each sentence's own mean is taken
             out.
+        geometry: the shape of the concept here, as `geoedit.diagnosis.geometry.site_geometry` and
+            `geoedit.diagnosis.advice.site_advice` give it: plain JSON values; empty in files of version 1.
     """
 
     label: str
@@ -56,6 +62,7 @@ class SiteSummary:
     between: float
     within: float
     separation: float
+    geometry: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,10 @@ class Expectation:
 
     `probability` is the mean over sentences; `margin` the mean margin of the default predictor (its units);
     `sentences` how many sentences were judged; `nearest` the rival that comes closest most often; `reason`
-    says it in words; `observed` the share that succeeded, None unless the edits were run.
+    says it in words; `observed` the share that succeeded, None unless the edits were run. `safe_low` and
+    `safe_scale` are the scales along the same vector between which it is expected to succeed (None and 0
+    where at none, None and None where it was not looked at); `advice` says which edit to make ("linear",
+    "tangent", "geodesic", "another site: …") and `advice_reason` why.
     """
 
     site: str
@@ -78,6 +88,10 @@ class Expectation:
     nearest: str
     reason: str
     observed: float | None
+    safe_low: float | None = None
+    safe_scale: float | None = None
+    advice: str = ""
+    advice_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,8 +102,12 @@ class Diagnosis:
         model: name of the model. concept: name, kind, values, templates.
         sites: what was seen at each site, in the order of the network.
         table: one row for each edit at each site. Columns: site, edit, template, source, target, from_value,
-            to_value, scale, one for each predictor, probability, nearest; and when the edits were run:
-            success, answer, log_odds_change (nats), else missing.
+            to_value, scale, one for each predictor, probability, nearest; off_manifold and off_distance (how
+            far off the concept's manifold the edit ends, by its second fundamental form and by projection, in
+            units of the state), off_relative (the latter over the manifold's noise), off_visible (what the
+            rest of the network sees of it); safe_low and safe_scale (the scales between which the edit is
+            expected to succeed); and when the edits were run: success, answer, log_odds_change (nats), else
+            missing.
         predictors: what the predictor columns hold; the first is the one that gives `probability`.
         settings: what was asked and how it was run. versions: of the libraries. notes: what a reader must
             know.
@@ -120,6 +138,16 @@ class Diagnosis:
         NaN where the edits were not run or all ended alike.
         """
         return pd.DataFrame(self._summary_rows())
+
+    @cached_property
+    def geometry(self) -> pd.DataFrame:
+        """The concept's shape, one row a site; NaN and None where it is not known.
+
+        Columns: site, kind (of manifold), dimension, dimension_low, dimension_high, closed, curvature
+        (1/length), radius, snr, reliable, reach, noise, functional_ratio, functional_radius, one safe_scale
+        for each kind of edit, advice, reason (why curvature is not known).
+        """
+        return pd.DataFrame([_geometry_row(site) for site in self.sites])
 
     def _summary_rows(self) -> list[dict[str, Any]]:
         rows = []
@@ -184,17 +212,26 @@ class Diagnosis:
                 "raise max_edits."
             )
         return [
-            self._expectation(str(site), str(edit), float(scale), rows)
+            self._expectation(str(site), str(edit), float(scale), rows, part)
             for (site, edit, scale), rows in part.groupby(["site", "edit", "scale"], sort=False)
         ]
 
-    def _expectation(self, site: str, edit: str, scale: float, rows: pd.DataFrame) -> Expectation:
+    def _expectation(
+        self, site: str, edit: str, scale: float, rows: pd.DataFrame, pair: pd.DataFrame
+    ) -> Expectation:
+        from geoedit.diagnosis.advice import advise, known_facts  # it stands on this module
+
         default = self.predictors[0]
         probability, margin = float(rows["probability"].mean()), float(rows[default.column].mean())
         nearest = str(rows["nearest"].mode().iloc[0])
         target = str(rows["target"].iloc[0])
         verdict = f"lands on {target!r}" if margin > 0 else f"stays nearer to {nearest!r} than to {target!r}"
         run = rows["success"].dropna()
+        own = pair[pair["edit"] == MEAN_DIFFERENCE]
+        there = own["site"] == site
+        geometry = next(entry.geometry for entry in self.sites if entry.label == site)
+        facts = known_facts(rows, own[there], own[~there], geometry)
+        advice, advice_reason = advise(facts)
         return Expectation(
             site=site,
             edit=edit,
@@ -207,6 +244,10 @@ class Diagnosis:
             nearest=nearest,
             reason=f"on average the edited state {verdict} ({default.label} margin {margin:+.2f})",
             observed=float(run.astype(bool).mean()) if len(run) else None,
+            safe_low=_plain(facts.safe_low),
+            safe_scale=_plain(facts.safe_high),
+            advice=advice,
+            advice_reason=advice_reason,
         )
 
     def _at(self, site: str) -> pd.DataFrame:
@@ -260,9 +301,10 @@ class Diagnosis:
             raise EditError(f"{path} is not JSON: {error}.") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise EditError(f"{path} is JSON but no diagnosis (its format should be {FORMAT!r}).")
-        if data.get("version") != VERSION:
+        if data.get("version") not in READS:
             raise EditError(
-                f"{path} has version {data.get('version')}; this geoedit reads version {VERSION}."
+                f"{path} has version {data.get('version')}; this geoedit reads versions "
+                f"{' and '.join(map(str, READS))}."
             )
         predictors = tuple(Predictor(**entry) for entry in data["predictors"])
         return cls(
@@ -314,10 +356,34 @@ def _typed(table: pd.DataFrame, predictors: tuple[Predictor, ...]) -> pd.DataFra
         "probability",
         "scale",
         "log_odds_change",
+        *GEOMETRY,
     ):
-        table[column] = table[column].astype("float64")
+        table[column] = table[column].astype("float64") if column in table else np.nan
     table["success"] = table["success"].astype("boolean")
     return table
+
+
+def _geometry_row(site: SiteSummary) -> dict[str, Any]:
+    found = site.geometry
+    dimension, functional = found.get("dimension") or {}, found.get("functional") or {}
+    row = {
+        "site": site.label,
+        "kind": found.get("kind"),
+        "dimension": dimension.get("value"),
+        "dimension_low": dimension.get("low"),
+        "dimension_high": dimension.get("high"),
+        "closed": found.get("closed"),
+        **{name: found.get(name) for name in ("curvature", "radius", "snr", "reliable", "reach", "noise")},
+        "functional_ratio": functional.get("ratio"),
+        "functional_radius": functional.get("radius"),
+        **{f"safe_scale, {kind}": scale for kind, scale in (found.get("safe_scale") or {}).items()},
+        "advice": found.get("advice"),
+        "reason": found.get("reason"),
+    }
+    words = ("site", "kind", "closed", "reliable", "advice", "reason")
+    return {
+        name: float("nan") if value is None and name not in words else value for name, value in row.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -53,7 +54,9 @@ def describe(
     )
 
 
-def notes(landing: bool, applied: bool, plan: Plan, drawn_templates: bool) -> tuple[str, ...]:
+def notes(
+    landing: bool, applied: bool, plan: Plan, drawn_templates: bool, sites: Sequence[SiteSummary] = ()
+) -> tuple[str, ...]:
     """What a reader must know before trusting the numbers."""
     found = [
         "Only the first token of an answer counts, and only the next word: what a longer text would say was "

@@ -103,12 +103,12 @@ def sequence_curvature(
     if not reliable:
         vectors = torch.full_like(vectors, torch.nan)
     lengths = torch.linalg.vector_norm(vectors, dim=-1)
-    reason = (
-        ""
-        if reliable
-        else f"along {count} points the curve turns by {snr:.2g} times what their own roughness "
-        f"({variance**0.5:.2g}) does: more points, or points with less noise, would tell"
-    )
+    reason = ""
+    if not reliable:
+        reason = (
+            f"{count} points in order show no bend above their own roughness ({variance**0.5:.2g} off a "
+            f"smooth curve; signal to noise {snr:.2g}): more points, or points with less noise, would tell"
+        )
     return SequenceCurvature(
         vectors=vectors.to(points.dtype),
         curvature=lengths.to(points.dtype),
