@@ -11,13 +11,16 @@ from geoedit.edits import (
     Compose,
     Edit,
     EditHandle,
+    GeodesicSteer,
     LinearSteer,
     Patch,
     SwapMeans,
+    TangentSteer,
     load_edit,
 )
 from geoedit.errors import EditError
 from geoedit.loading import load_model
+from geoedit.shapes import ConceptShape, concept_manifold
 from geoedit.site import Site
 
 __version__ = "0.1.0"
@@ -29,10 +32,12 @@ __all__ = [
     "Block",
     "Compose",
     "Concept",
+    "ConceptShape",
     "Diagnosis",
     "Edit",
     "EditError",
     "EditHandle",
+    "GeodesicSteer",
     "LinearSteer",
     "Location",
     "Moments",
@@ -42,9 +47,11 @@ __all__ = [
     "Stack",
     "Statistics",
     "SwapMeans",
+    "TangentSteer",
     "Template",
     "anatomy",
     "collect",
+    "concept_manifold",
     "concepts",
     "diagnose",
     "load_edit",

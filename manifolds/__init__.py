@@ -7,6 +7,9 @@ checked against closed forms. Floors above it may import it; it imports none of 
 from manifolds import curvature, optim
 from manifolds.base import Containment, Manifold, RiemannianSubmanifold
 from manifolds.checks import Check, check
+from manifolds.cloud.learned import LearnedManifold, Projection
+from manifolds.cloud.path_cloud import PathCloud
+from manifolds.cloud.point_cloud import PointCloud
 from manifolds.entries import Entries
 from manifolds.errors import ManifoldError, MissingOperationError
 from manifolds.euclidean import Euclidean
@@ -39,6 +42,7 @@ __all__ = [
     "Euclidean",
     "FixedRank",
     "Grassmann",
+    "LearnedManifold",
     "Lorentz",
     "LowRank",
     "Manifold",
@@ -46,9 +50,12 @@ __all__ = [
     "MissingOperationError",
     "NullSpace",
     "Oblique",
+    "PathCloud",
     "PoincareBall",
     "PoincareBallExact",
+    "PointCloud",
     "Product",
+    "Projection",
     "Pullback",
     "RiemannianSubmanifold",
     "Solution",
