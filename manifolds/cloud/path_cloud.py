@@ -1,6 +1,5 @@
 """The manifold of a concept with few values: a smooth path through the means of its classes."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,10 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manifolds.base import frobenius_norm, plain
+from manifolds.base import frobenius_norm, plain, safe_sqrt
+from manifolds.cloud.arcs import Arcs, measure
 from manifolds.cloud.closing import Closing
+from manifolds.cloud.geodesics import ShortestPath, check_count
 from manifolds.cloud.learned import LearnedManifold, Projection
 from manifolds.cloud.nearest import Nearest, Table, nearest, tabulate
+from manifolds.cloud.neighbours import nearest_neighbours
 from manifolds.cloud.path_fit import fit_path
 from manifolds.cloud.splines import Curve, Sheet
 from manifolds.errors import ManifoldError
@@ -24,7 +26,6 @@ SHARED = (
     "means", "knots", "coordinates", "spread", "standard_error", "centre", "frame", "covariance", "hull",
 )  # fmt: skip
 NUMBERS = ("noise", "reach", "period", "smoothing", "freedom", "directions", "margin", "slack")
-EVIDENCE = ("ratio", "low", "high", "limit", "second", "missed")
 
 
 class PathCloud(LearnedManifold, kind="path-cloud"):
@@ -64,18 +65,18 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
         super().__init__()
         self.q = self.dim = int(values["columns"])
         names = (*SHARED, *(CURVE if values["power"] is None else SHEET))
-        missing = sorted({*names, "numbers", "outliers"} - tensors.keys())
+        missing = sorted({*names, "outliers"} - tensors.keys())
         if missing:
             raise ManifoldError(f"PathCloud: the tensors {missing} are missing; the file is not whole")
         for name in (*names, "outliers"):
             self.register_buffer(name, tensors[name])
-        for name, value in zip(NUMBERS, tensors["numbers"].tolist(), strict=True):
-            setattr(self, name, value)
+        for name in NUMBERS:
+            setattr(self, name, float(values[name]))
         self.width = self.means.shape[-1]
         self.closed: bool = bool(values["closed"])
         self.power: int | None = values["power"]
         found = values["closing"]
-        self.closing = None if found is None else _read_closing(found)
+        self.closing = None if found is None else Closing(**found)
         self.example_shape = (self.width,)
         self._parts: dict[torch.dtype, _Parts] = {}
         what = "closed" if self.closed else "open" if self.q == 1 else f"{self.q} coordinates"
@@ -177,24 +178,157 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a file must hold to make the path again."""
-        evidence = None
-        if self.closing is not None:
-            evidence = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in asdict(self.closing).items()
-            }
         names = (*SHARED, *(CURVE if self.power is None else SHEET), "outliers")
-        tensors = {name: getattr(self, name) for name in names}
-        tensors["numbers"] = torch.tensor([getattr(self, name) for name in NUMBERS], dtype=torch.float64)
-        values = {"columns": self.q, "closed": self.closed, "power": self.power, "closing": evidence}
-        return values, tensors
+        values = {
+            "columns": self.q,
+            "closed": self.closed,
+            "power": self.power,
+            "closing": None if self.closing is None else asdict(self.closing),
+            **{name: getattr(self, name) for name in NUMBERS},
+        }
+        return values, {name: getattr(self, name) for name in names}
 
     @classmethod
     def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "PathCloud":
         """Makes the path again from what `describe` gave, to the bit."""
         return cls(values, tensors)
 
+    # Geodesics: of a curve, by its length
+
+    def length(self) -> Tensor:
+        """The length of a curve, in the metric that the manifold carries.
+
+        Raises:
+            ManifoldError: the path is a sheet.
+        """
+        return self._arcs(self._in(widened(self.means)), "length").length.to(self.means.dtype)
+
+    def shortest_path(self, x: Tensor, y: Tensor, points: int = 17) -> ShortestPath:
+        """The way along a curve in closed form; on a sheet see `LearnedManifold.shortest_path`."""
+        if self.q > 1:
+            return super().shortest_path(x, y, points)
+        x, y = torch.broadcast_tensors(plain(x), plain(y))
+        check_count(self.name, points)
+        here, there = self._flat(x)[0], self._flat(y)[0]
+        arcs, start, way = self._way(here, there)
+        share = torch.linspace(0, 1, points, dtype=way.dtype, device=way.device)
+        t = self._place(arcs, (start[:, None] + way[:, None] * share).flatten())
+        path = self.at(t[:, None]).unflatten(0, (len(way), points))
+        path = torch.cat([here[:, None], path[:, 1:-1], there[:, None]], 1)
+        batch = x.shape[:-1]
+        return ShortestPath(
+            path.reshape(*batch, points, self.width).to(x.dtype),
+            way.abs().reshape(batch).to(x.dtype),
+            torch.ones(batch, dtype=torch.bool, device=x.device),
+            torch.zeros(batch, dtype=torch.long, device=x.device),
+            torch.zeros(batch, dtype=x.dtype, device=x.device),
+        )
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """The point at the length of u along the curve; an open one ends at its end.
+
+        On a sheet see `LearnedManifold.expmap`.
+        """
+        return super().expmap(x, u) if self.q > 1 else self._carried(x, u)[0]
+
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The point exp_x(u), and v carried there; on a curve parallel."""
+        if self.q > 1:
+            return super().expmap_transp(x, u, v)
+        y, before, after = self._carried(x, u)
+        return y, (v * before).sum(-1, keepdim=True) * after
+
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """The vector v carried to exp_x(u); on a curve parallel."""
+        return self.expmap_transp(x, u, v)[1]
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """The tangent vector as long as the way along the curve.
+
+        On a sheet see `LearnedManifold.logmap`.
+        """
+        if self.q > 1:
+            return super().logmap(x, y)
+        x, y = torch.broadcast_tensors(plain(x), plain(y))
+        here, there = self._flat(x)[0], self._flat(y)[0]
+        _, _, way = self._way(here, there)
+        along = self._unit(here)
+        return (way[:, None] * along).reshape(x.shape)
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """The length of the way along the curve; on a sheet see `LearnedManifold.dist`."""
+        if self.q > 1:
+            return super().dist(x, y, keepdim=keepdim)
+        x, y = torch.broadcast_tensors(plain(x), plain(y))
+        found = self._way(self._flat(x)[0], self._flat(y)[0])[2].abs().reshape(x.shape[:-1])
+        return found[..., None] if keepdim else found
+
+    @property
+    def anchors(self) -> Float[Tensor, "m D"]:
+        """Points all over the path."""
+        parts = self._in(widened(self.means))
+        return parts.centre + parts.table.values @ parts.frame.mT
+
+    def graph(self) -> tuple[Int[Tensor, "m k"], Float[Tensor, "m k"]]:
+        """For each anchor those next to it in coordinates, and how far they are as points."""
+        parts = self._in(widened(self.means))
+        places = parts.table.places / (parts.table.high - parts.table.low)
+        found = nearest_neighbours(places, neighbors=min(3**self.q + 3, len(places) - 1)).indices
+        apart = parts.table.values[found] - parts.table.values[:, None]
+        return found, frobenius_norm(apart, 1)
+
+    def _arcs(self, parts: "_Parts", name: str) -> Arcs:
+        if self.q > 1:
+            raise ManifoldError(f"{self.name}.{name}: a sheet of {self.q} coordinates has no length")
+        if parts.arcs is None:
+            parts.arcs = measure(parts.table.places[:, 0], lambda t: self._speed(parts, t))
+        return parts.arcs
+
+    def _speed(self, parts: "_Parts", t: Tensor) -> Tensor:
+        value, first = parts.shape.derivatives(t, 1)
+        if self.metric is None:
+            return frobenius_norm(first[..., 0], 1)
+        pushed = first[..., 0] @ parts.frame.mT
+        return safe_sqrt(self.metric.inner(parts.centre + value @ parts.frame.mT, pushed, pushed))
+
+    def _way(self, here: Tensor, there: Tensor) -> tuple[Arcs, Tensor, Tensor]:
+        """The lengths of the curve, that up to x, and the signed length of the way from there to y."""
+        arcs = self._arcs(self._in(here), "geodesic")
+        start, end = (arcs.to_place(self.coordinate(z)[:, 0]) for z in (here, there))
+        way = end - start
+        if self.closed:
+            way = way - arcs.length * (way.detach() / arcs.length).round()
+        return arcs, start, way
+
+    def _place(self, arcs: Arcs, length: Tensor) -> Tensor:
+        if self.closed:
+            length = torch.remainder(length, arcs.length)
+        return arcs.place_at(length)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """The tangent of length one in the metric, the way that the coordinate grows."""
+        along = self.project(x).tangent[..., 0]
+        return along if self.metric is None else along / self.norm(x, along)[..., None]
+
+    def _carried(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The point exp_x(u), and the tangents at both; what one takes as coordinates the other gives."""
+        x, u = torch.broadcast_tensors(plain(x), plain(u))
+        flat, parts = self._flat(x)
+        arcs = self._arcs(parts, "expmap")
+        before = self._unit(flat)
+        size = (u.reshape(flat.shape) * before).sum(-1)
+        if self.metric is not None:  # the tangent is of length one in the metric, not in space
+            size = size / (before * before).sum(-1)
+        t = self._place(arcs, arcs.to_place(self.coordinate(flat)[:, 0]) + size)
+        y = self.at(t[:, None])
+        after = self._unit(y)
+        back = before / (before * before).sum(-1, keepdim=True)
+        return y.reshape(x.shape), back.reshape(x.shape), after.reshape(x.shape)
+
     # Inside
+
+    def _metric_changed(self) -> None:
+        self._parts = {}
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         self._parts = {}
@@ -267,6 +401,7 @@ class _Parts:
         else:
             self.shape = Sheet(**{name: get(name) for name in SHEET}, power=path.power)
         self.table: Table = tabulate(self.shape, path.closed)
+        self.arcs: Arcs | None = None
         self.size = float((self.table.values - self.table.values.mean(0)).square().sum(-1).mean().sqrt())
 
 
@@ -281,11 +416,3 @@ def orthonormal(first: Float[Tensor, "b r q"]) -> Float[Tensor, "b r q"]:
         size = frobenius_norm(column, 1, keepdim=True)
         columns.append(column / torch.where(size > 0, size, 1.0))
     return torch.stack(columns, -1)
-
-
-def _read_closing(found: Mapping[str, Any]) -> Closing:
-    finite = {**found}
-    for name in EVIDENCE:
-        if finite[name] is None:
-            finite[name] = math.nan
-    return Closing(**finite)

@@ -110,11 +110,10 @@ def fit_path(
         "covariance": within, "hull": hull, **{k: v for k, v in vars(shape).items() if isinstance(v, Tensor)},
     }  # fmt: skip
     tensors = {name: tensor.to(points.dtype).contiguous() for name, tensor in tensors.items()}
-    tensors["numbers"] = torch.tensor(list(numbers.values()), dtype=torch.float64)
     tensors["outliers"] = classes.outliers
     described = {
         "columns": shape.q, "closed": closed, "power": getattr(shape, "power", None),
-        "closing": None if evidence is None else asdict(evidence),
+        "closing": None if evidence is None else asdict(evidence), **numbers,
     }  # fmt: skip
     return described, tensors
 
