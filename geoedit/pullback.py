@@ -10,14 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from geoedit.activations import collect
 from geoedit.activations.inputs import Batch, Tensors, Texts, read_inputs
 from geoedit.activations.reading import locate_all
-from geoedit.anatomy import Location
+from geoedit.anatomy import Location, anatomy
 from geoedit.concept import Prompt
-from geoedit.diagnosis.derivatives import answer_place, at_place, attach, one_token, run
+from geoedit.diagnosis.derivatives import answer_place, at_place, attach, derive, one_token, run
+from geoedit.diagnosis.metric import categorical_factor, sampled_factor
+from geoedit.diagnosis.prepare import check_answer_places, check_counts
+from geoedit.diagnosis.readouts import Readouts
 from geoedit.errors import EditError
 from geoedit.passes import Pass
 from geoedit.site import Site
+from manifolds.cloud.sampled_metric import SampledMetric
 from manifolds.pulled_back import OutputMetric, Pullback
 from manifolds.pulled_back.output_metrics import OutputMetricLike
 
@@ -72,6 +77,115 @@ def from_site(
         damping=damping,
         derivatives=derivatives,
     )
+
+
+def sampled_metric(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str] | Sequence[Prompt],
+    site: Site,
+    *,
+    values: Sequence[str] | None = None,
+    output: str = "next token",
+    samples: int = 16,
+    temperature: float = 1.0,
+    rank: int | None = None,
+    damping: float | None = None,
+    bandwidth: float | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> SampledMetric:
+    r"""The pulled-back Fisher metric at the states of prompts, to be carried without the model.
+
+    \(g(h) = \mathrm E_{y \sim p} \nabla \log p(y \mid h)\, \nabla \log p(y \mid h)^\top\) at the state \(h\)
+    of every prompt, as a factor of a few rows, and the mean of the nearest ones between them. Give it to a
+    manifold by `manifold.with_metric(...)`: its geodesics then avoid places where the model's answer changes
+    fast. A model without logits has the metric of its last states instead, by random projections.
+
+    Args:
+        model: a language model, a masked one or an encoder; run in evaluation mode and left as it was.
+        tokenizer: its tokenizer.
+        prompts: texts, or the prompts of a concept.
+        site: where, at one token of each prompt.
+        values: what each text is about, for a site at the token "value".
+        output: "next token", with labels drawn from the model's own distribution: unbiased, and blind where
+            the model is sure, as Fisher's metric is; or "answers", exact, for the distribution over the first
+            tokens of the prompts' answers and all else together.
+        samples: labels (or projections) drawn at each prompt, the rows of a factor.
+        temperature: of the distribution over "answers": a higher one keeps sight where the model is sure.
+        rank: keep only that many largest directions of each factor; all if not given.
+        damping: \(\varepsilon\) of \(\varepsilon I\), in squared units of output a unit of state; a hundredth
+            of the mean eigenvalue of the metric if not given.
+        bandwidth: see `manifolds.SampledMetric`.
+        batch_size: prompts in one forward.
+        seed: of the draws.
+
+    Raises:
+        EditError: the site is not there, or means several tokens; the prompts have no answers, or the model
+            no logits for them; a number is out of range; the metric is zero everywhere.
+
+    Source: Amari, Information geometry (2016), section 2.2; Arvanitidis et al. 2022, Pulling back information
+    geometry.
+    """
+    check_counts(samples=samples, batch_size=batch_size, **({} if rank is None else {"rank": rank}))
+    source = read_inputs(model, tokenizer, prompts, values)
+    if not isinstance(source, Texts):
+        raise EditError("a sampled metric is made from prompts and a tokenizer, not from ready tensors.")
+    known = anatomy(model)
+    source.check(model, (site,))
+    readouts = _readouts(tokenizer, prompts, output, samples, seed, logits=known.unembedding is not None)
+    if readouts.logits:
+        check_answer_places(source, tokenizer, known)
+    found = derive(
+        model,
+        source,
+        range(len(source)),
+        locate_all(model, [site]),
+        readouts,
+        mask_token=getattr(tokenizer, "mask_token_id", None),
+        batch_size=batch_size,
+    )
+    gradients, count = found.gradients[site], len(readouts.answers) + 1  # the answers, and all else
+    if readouts.answers:
+        odds = found.outputs[:, :count].to(gradients)
+        factors = categorical_factor(gradients[:, :count], odds, temperature)
+    else:
+        factors = sampled_factor(gradients)
+    if rank is not None and rank < min(factors.shape[1:]):
+        _, sizes, directions = torch.linalg.svd(factors, full_matrices=False)
+        factors = sizes[:, :rank, None] * directions[:, :rank]
+    states = collect(model, tokenizer, prompts, site, values=values, batch_size=batch_size)[site]
+    mean = float(factors.double().square().sum((1, 2)).mean()) / factors.shape[2]
+    if damping is None and not mean > 0:
+        raise EditError(
+            f"the output does not change with the state at the site {site}: the metric is zero at every "
+            "prompt. Choose a site that the output depends on, another temperature, or give damping."
+        )
+    return SampledMetric(
+        states.to(factors.dtype),
+        factors.to(states.device),
+        damping=mean / 100 if damping is None else damping,
+        bandwidth=bandwidth,
+    )
+
+
+def _readouts(
+    tokenizer: Any, prompts: Sequence[Any], output: str, samples: int, seed: int, *, logits: bool
+) -> Readouts:
+    """What to derive of the output at each prompt."""
+    if output == "next token":
+        return Readouts((), samples, seed, logits)
+    if output != "answers":
+        raise EditError(f"output is {output!r}; give 'next token' or 'answers'.")
+    given = [prompt for prompt in prompts if getattr(prompt, "answer", None) is not None]
+    ids = tuple(dict.fromkeys(prompt.answer_ids(tokenizer)[0] for prompt in given))
+    if not logits or len(ids) < 2:
+        raise EditError(
+            f"output='answers': the model has {'' if logits else 'no '}logits and the prompts have {len(ids)}"
+            " different answers; give prompts of a concept with two or more, to a model with logits, or use "
+            "output='next token'."
+        )
+    return Readouts(ids, 1, seed, logits)
 
 
 class _Rest:

@@ -336,30 +336,6 @@ def test_states_outside_of_the_samples_can_be_left(shared_gpt2) -> None:
     assert 0 < int(inside.sum()) < inside.numel()
 
 
-class Two(nn.Module):
-    """As little of a model as an edit can sit in: compiling a real one takes half a minute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(70, WIDTH), nn.Linear(WIDTH, 70)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.head(self.embed(input_ids))
-
-
-def test_a_compiled_model() -> None:
-    torch._dynamo.reset()
-    model = Two()
-    for edit in (
-        TangentSteer(Site(module="embed"), ring(), V),
-        GeodesicSteer(Site(module="embed"), SPHERE, W),
-    ):
-        with edit.on(model), torch.no_grad():
-            expected = model(IDS)
-            found = torch.compile(model, backend="eager")(IDS)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
 # Under `generate`.
 
 PROMPTS = torch.tensor([[11, 12, 13, 14, 15], [0, 0, 21, 22, 23], [0, 0, 0, 31, 32]])

@@ -21,6 +21,7 @@ from geoedit.site import Site
 from manifolds.cloud.learned import LearnedManifold
 from manifolds.cloud.path_cloud import PathCloud
 from manifolds.cloud.point_cloud import PointCloud
+from manifolds.cloud.sampled_metric import SampledMetric
 
 WIDTH = 32
 SITE = Site(1)
@@ -42,10 +43,13 @@ def circle(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 CLOUD = PointCloud.fit(circle(200), dim=1, neighbors=12)
 PATH = PathCloud.fit(circle(48, torch.float64), torch.arange(48) // 4)
+METRIC = SampledMetric(circle(9), draw(9, 4, WIDTH, seed=7), damping=0.1)
+BENT = PathCloud.fit(circle(48), torch.arange(48) // 4).with_metric(METRIC)
 EDITS = {
     "point cloud": TangentSteer(SITE, CLOUD, V, scale=0.5, steps=2, residual="drop", metadata={"n": 200}),
     "path": TangentSteer(SITE, PATH, V, scale=torch.tensor([0.5, 1.0, 2.0]), outside="edit"),
     "geodesic": GeodesicSteer(SITE, PATH, direction=V, length=0.5, phase="prompt"),
+    "metric": GeodesicSteer(SITE, BENT, W, scale=0.5),
     "sphere": GeodesicSteer(SITE, manifolds.Sphere(), W, scale=0.5, points=9),
     "flat": TangentSteer(SITE, manifolds.Euclidean(), V.bfloat16()),
     "ball": TangentSteer(SITE, geoopt.PoincareBall(c=0.25), 0.1 * V),
@@ -83,7 +87,7 @@ def test_a_flat_manifold_has_an_infinite_reach(tmp_path) -> None:
 
 
 def test_the_size_that_is_stated_is_that_of_the_file(tmp_path) -> None:
-    for name in ("point cloud", "path", "sphere"):
+    for name in ("point cloud", "path", "metric", "sphere"):
         EDITS[name].save(tmp_path / name)
         header = (tmp_path / name).stat().st_size - EDITS[name].nbytes
         assert 0 < header < 8000

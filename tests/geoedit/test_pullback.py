@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from geoedit import EditError, Site, collect, run_with
-from geoedit.pullback import from_site
+from geoedit.concept import Concept, Template
+from geoedit.pullback import from_site, sampled_metric
 
 PROMPT = "the month after april is"
 
@@ -79,3 +80,86 @@ def test_refusals(shared_model, tiny_tokenizer):
         from_site(shared_model, tiny_tokenizer, PROMPT, Site(1, token="all")).f(torch.zeros(1, 32))
     with pytest.raises(EditError, match="shape"):
         from_site(shared_model, tiny_tokenizer, PROMPT, Site(1)).f(torch.zeros(1, 31))
+
+
+MONTHS = Concept(
+    name="months",
+    values=("april", "may", "june"),
+    templates=(
+        Template("the month after {value} is", answers=("may", "june", "july")),
+        Template("a day in {value} comes before a day in", answers=("may", "june", "july")),
+    ),
+)
+
+
+def test_the_sampled_metric_of_answers_is_the_dense_one(shared_model, tiny_tokenizer):
+    """Σ ∇q_k ∇q_kᵀ / q_k over the answers' probabilities and that of all else, by central differences."""
+    site, prompts = Site(1, "residual_out", "last"), MONTHS.prompts(templates=[0])
+    metric = sampled_metric(shared_model, tiny_tokenizer, prompts, site, output="answers", damping=0.0)
+    states = collect(shared_model, tiny_tokenizer, prompts, [site])[site]
+    torch.testing.assert_close(metric.anchors, states)
+    ids = tiny_tokenizer.convert_tokens_to_ids(["may", "june", "july"])
+
+    def shares(row, states):
+        logits = run_with(shared_model, tiny_tokenizer, [prompts[row]] * len(states), {site: states})
+        found = torch.softmax(logits.double(), -1)[:, ids]
+        return torch.cat([found, 1 - found.sum(1, keepdim=True)], 1)
+
+    for row, state in enumerate(states):
+        q = shares(row, state[None])[0]
+        slopes = (
+            shares(row, state + 1e-2 * torch.eye(32)) - shares(row, state - 1e-2 * torch.eye(32))
+        ).T / 2e-2
+        expected = slopes.T @ (slopes / q[:, None])
+        factor = metric.factors[row].double()
+        atol = 5e-3 * float(expected.abs().max())
+        torch.testing.assert_close(factor.T @ factor, expected, rtol=2e-2, atol=atol)
+
+
+def test_the_sampled_metric_of_the_next_token_is_unbiased(shared_gpt2, tiny_tokenizer):
+    site = Site(1, "residual_out", "last")
+    metric = sampled_metric(shared_gpt2, tiny_tokenizer, [PROMPT], site, samples=400)
+    state = collect(shared_gpt2, tiny_tokenizer, [PROMPT], site)[site][0]
+    pull = from_site(shared_gpt2, tiny_tokenizer, PROMPT, site)
+    state.requires_grad_()
+    logs = pull.f(state[None])[0].log_softmax(-1)
+    every = torch.stack([torch.autograd.grad(one, state, retain_graph=True)[0] for one in logs])
+    exact = every.T @ (logs.detach().exp()[:, None] * every)
+    fourth = float((logs.detach().exp() * every.square().sum(1).square()).sum())
+    expected_error = ((fourth - float(exact.square().sum())) / 400) ** 0.5
+    factor = metric.factors[0]
+    assert float((factor.T @ factor - exact).norm()) < 2 * expected_error < float(exact.norm())
+    torch.testing.assert_close(metric.damping, float(factor.square().sum()) / 3200)
+    again = sampled_metric(shared_gpt2, tiny_tokenizer, [PROMPT], site, samples=400)
+    assert torch.equal(again.factors[0], factor)
+    most = sampled_metric(shared_gpt2, tiny_tokenizer, [PROMPT], site, samples=400, rank=3).factors[0]
+    kept = torch.linalg.eigvalsh(most.T @ most).flip(0)
+    torch.testing.assert_close(kept[:3], torch.linalg.eigvalsh(factor.T @ factor).flip(0)[:3])
+    assert most.shape == (3, 32)
+
+
+def test_a_temperature_keeps_sight_where_the_model_is_sure(shared_gpt2, tiny_tokenizer):
+    site, prompts = Site(1, "residual_out", "last"), MONTHS.prompts()
+    sizes = [
+        sampled_metric(
+            shared_gpt2, tiny_tokenizer, prompts, site, output="answers", temperature=temperature
+        ).factors.norm()
+        for temperature in (0.05, 1.0, 20.0)
+    ]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_refusals_of_the_sampled_metric(shared_gpt2, tiny_tokenizer):
+    def make(**options):
+        return sampled_metric(shared_gpt2, tiny_tokenizer, [PROMPT], **{"site": Site(1), **options})
+
+    with pytest.raises(EditError, match="0 different answers"):
+        make(output="answers")
+    with pytest.raises(EditError, match="'words'; give 'next token' or 'answers'"):
+        make(output="words")
+    with pytest.raises(EditError, match="one state a"):
+        make(site=Site(1, token="all"))
+    with pytest.raises(EditError, match=r"does not reach the output|zero at every prompt"):
+        make(site=Site(2, token=0))
+    with pytest.raises(EditError, match="samples is 0"):
+        make(samples=0)
