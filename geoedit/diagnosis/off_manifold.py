@@ -30,6 +30,8 @@ from geoedit.diagnosis.predict import Edits, Rows, shifts
 from manifolds.cloud.learned import LearnedManifold
 
 CHUNK = 128
+NEAR = 6
+"""How many rows make the metric of an edit's way."""
 FLOOR = 1e-2
 """The share of the farthest state's squared distance that no state is nearer than, as weights go."""
 RESOLVED = 1e-3
@@ -194,8 +196,9 @@ def visible_part(
     """Return how much of the departure the rest of the network sees: its length in a pulled-back metric.
 
     `sqrt(sum_w a_w |F_w n|²)`, n the vector off the manifold and F_w the factors of the metric at the rows of
-    the same sentence, weighed by the inverse squares of their distances from the way of the edit, the segment
-    from x to x + v: the metric of the whole way, for at its start alone it may be blind.
+    the same sentence that lie nearest to the way of the edit, the segment from x to x + v, weighed by the
+    inverse squares of their distances from it: the metric of the whole way, for at its start alone it may be
+    blind.
 
     Args:
         found: from `departures`.
@@ -211,9 +214,16 @@ def visible_part(
         inside = (rows.template == template).nonzero()[:, 0]
         for some in (sentence == template).nonzero()[:, 0].split(CHUNK):
             start, way = states[edits.source[some]], shift[some]
-            weights = _nearness(start, way, states[inside])
+            weights, near = _nearness(start, way, states[inside]).topk(min(NEAR, len(inside)), dim=1)
+            weights = weights / weights.sum(1, keepdim=True)
             off = found.off[found.which[some]]
-            power = torch.einsum("rkw,ew->erk", factor[inside], off).square().sum(2)
+            power = torch.stack(
+                [
+                    torch.einsum("ekw,ew->ek", factor[inside[row]], off).square().sum(1)
+                    for row in near.unbind(1)
+                ],
+                1,
+            )
             seen[some] = (weights * power).sum(1).sqrt()
     return seen
 
@@ -229,5 +239,4 @@ def _nearness(
     share = (along / torch.where(length > 0, length, 1.0)).clamp(0, 1)
     squared = torch.cdist(start, states).square() - 2 * share * along + share.square() * length
     scale = squared.amax(1, keepdim=True).clamp_min(torch.finfo(states.dtype).tiny)
-    weights = 1 / (squared.clamp_min(0) + FLOOR * scale)
-    return weights / weights.sum(1, keepdim=True)
+    return 1 / (squared.clamp_min(0) + FLOOR * scale)

@@ -86,6 +86,12 @@ class Edits:
     scale: Float[Tensor, " edits"]
     answer: Int[Tensor, " edits"] | None
 
+    def first(self, count: int) -> Edits:
+        """The first so many of them."""
+        parts = (self.source, self.target, self.from_value, self.to_value, self.scale)
+        answer = None if self.answer is None else self.answer[:count]
+        return Edits(*(part[:count] for part in parts), answer)
+
 
 @dataclass(frozen=True)
 class Rows:

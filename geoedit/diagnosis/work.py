@@ -116,9 +116,8 @@ class Work:
         shape = learn_shape(self.states[site], self.rows, self.concept)
         factor = next(iter(metric_factors(gradients).values()), None)
         self.shapes[site] = shape
-        self.off[site] = off_columns(
-            shape, factor, self.states[site], self.means[site], self.rows, self.edits
-        )
+        judged = self.edits.first(len(self.edits.source) - len(self.scaled.edits))
+        self.off[site] = off_columns(shape, factor, self.states[site], self.means[site], self.rows, judged)
 
     def straightness(self, seed: int) -> dict[Site, dict[str, Any]]:
         """The functional curvature from each site to the output, over the same drawn edits."""
@@ -188,7 +187,7 @@ class Work:
             self.rows.value,
             shape.states,
             self.means[site],
-            None,
+            shape.concept.manifold,
             shape.concept.reason or None,
         )
         heard: list[tuple[str, bool]] = []
@@ -233,7 +232,7 @@ class Work:
             **{column: numbers.double().numpy() for column, numbers in predictions.columns.items()},
             "probability": probability(predictions.columns[default.column].double().numpy(), default.column),
             "nearest": rivals,
-            **{column: numbers.double().numpy() for column, numbers in self.off[site].items()},
+            **{column: _padded(numbers, len(edits)) for column, numbers in self.off[site].items()},
             "success": [pd.NA] * len(edits),
             "answer": [None] * len(edits),
             "log_odds_change": [float("nan")] * len(edits),
@@ -286,3 +285,10 @@ def as_tensors(edits: Sequence[PlannedEdit], groups: Sequence[int], answered: bo
         torch.tensor([edit.scale for edit in edits]),
         torch.tensor([groups[edit.target] for edit in edits]) if answered else None,
     )
+
+
+def _padded(numbers: Float[Tensor, " some"], count: int) -> Float[np.ndarray, " edits"]:
+    """Numbers of the first edits, and NaN for the others."""
+    found = np.full(count, np.nan)
+    found[: len(numbers)] = numbers.double().numpy()
+    return found
