@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from geoedit.concept import Prompt
+from geoedit.diagnosis.off_manifold import RESOLVED
 from geoedit.diagnosis.plan import Plan, PlannedEdit
 from manifolds import ManifoldError
 from manifolds.cloud.learned import LearnedManifold
@@ -33,7 +34,7 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 
 COPIED = ("site", "edit", "template", "source", "target", "from_value", "to_value")
 STEPS = 16
-MOST, LEAST_RUNS, SHARE = 8, 200, 0.1
+MOST, MOST_AT_ALL, LEAST_RUNS, SHARE = 8, 320, 200, 0.1
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,16 @@ class Sweep:
 class Route:
     """Where one sweep leads at a site, each row a state, and how far off the concept's manifold that is.
 
-    `vector` is what is added at scale 1. `off` is in units of the manifold's noise, the root mean square
-    distance of its own samples; NaN where no manifold is known. `geodesic` starts with the state as it was
+    `vector` is what is added at scale 1; `foot` the points of the manifold that belong to the states of
+    `straight`. `off` is in units of the manifold's noise, the root mean square
+    distance of its own samples (at least a thousandth of the spread of the class means); NaN where no
+    manifold is known. `geodesic` starts with the state as it was
     and ends with the whole way; it has no rows where there is none, and `reason` says why.
     """
 
     vector: Float[Tensor, " width"]
     straight: Float[Tensor, "scales width"]
+    foot: Float[Tensor, "scales width"] | None
     off: Float[Tensor, " scales"]
     geodesic: Float[Tensor, "steps width"]
     geodesic_off: Float[Tensor, " steps"]
@@ -77,11 +81,11 @@ def choose_sweeps(
     """Draw edits of the plan to be followed over scales: each kind in turn, no pair of values twice.
 
     So many that running them costs at most a tenth of running the plan at all `sites`, or 200 edits,
-    whichever is more; at least one and at most eight.
+    whichever is more; at least one and at most eight a site.
     """
     runs = len(_run_at(scales)) + len(FRACTIONS)
     budget = max(LEAST_RUNS / sites, SHARE * len(plan.edits))
-    wanted = min(MOST, max(1, int(budget / runs)))
+    wanted = max(1, min(MOST, MOST_AT_ALL // sites, int(budget / runs)))
     order = np.random.default_rng(seed).permutation(len(plan.edits))
     kinds: dict[str, dict[tuple[str, str], PlannedEdit]] = {}
     for edit in (plan.edits[number] for number in order):
@@ -132,35 +136,42 @@ def follow(
     """
     source = torch.tensor([sweep.edits[0].source for sweep in sweeps])
     target = value[torch.tensor([sweep.edits[0].target for sweep in sweeps])]
-    turns, reason = _geodesics(manifold, states[source], means[target], reason)
+    turns, reasons = _geodesics(manifold, states[source], means[target], reason)
     found = []
     for place, sweep in enumerate(sweeps):
         edit = sweep.edits[0]
         start, vector = states[edit.source], means[edit.to_value] - means[edit.from_value]
         straight = start + torch.tensor(sweep.scales).to(start)[:, None] * vector
         along = start + turns[place]
-        off, along_off = (_off(manifold, states) for states in (straight, along))
-        found.append(Route(vector, straight, off, along, along_off, reason))
+        foot = None if manifold is None else manifold.projx(straight)
+        off, along_off = (_off(manifold, moved, means) for moved in (straight, along))
+        found.append(Route(vector, straight, foot, off, along, along_off, reasons[place]))
     return found
 
 
 def _geodesics(
     manifold: LearnedManifold | None, start: Tensor, end: Tensor, reason: str | None
-) -> tuple[Float[Tensor, "sweeps steps width"], str | None]:
-    nothing = start.new_zeros(len(start), 0, start.shape[1])
+) -> tuple[list[Float[Tensor, "steps width"]], list[str | None]]:
+    """The way along the manifold from each start to its end, from zero on; or no rows, and why."""
+    nothing = start.new_zeros(0, start.shape[1])
     if manifold is None:
-        return nothing, reason or "no manifold could be learned here"
+        return [nothing] * len(start), [reason or "no manifold could be learned here"] * len(start)
     try:
         path = manifold.geodesic(manifold.projx(start), manifold.projx(end), points=STEPS + 1)
     except ManifoldError as error:
-        return nothing, str(error)
-    return path - path[:, :1], None
+        if len(start) == 1:
+            return [nothing], [str(error)]
+        # One that has no way must not take it from the others.
+        alone = [_geodesics(manifold, a[None], b[None], reason) for a, b in zip(start, end, strict=True)]
+        return [ways[0] for ways, _ in alone], [why[0] for _, why in alone]
+    return list(path - path[:, :1]), [None] * len(start)
 
 
-def _off(manifold: LearnedManifold | None, states: Tensor) -> Tensor:
-    if manifold is None or not manifold.noise > 0:
+def _off(manifold: LearnedManifold | None, states: Tensor, means: Tensor) -> Tensor:
+    spread = float((means - means.mean(0)).square().sum(1).mean().sqrt())
+    if manifold is None or spread == 0 or len(states) == 0:
         return states.new_full((len(states),), torch.nan)
-    return manifold.distance(states) / manifold.noise
+    return manifold.project(states).distance / max(manifold.noise, RESOLVED * spread)
 
 
 def sweep_runs(
@@ -196,8 +207,9 @@ def sweep_results(
     """Put one site's sweeps together as plain JSON values.
 
     Each holds site, edit, template, text, source, target, from_value, to_value, wanted (the answer);
-    `scales`, and at each `probability`, `off` (in units of the manifold's noise; None: unknown) and
-    `position` (on the axes of the class means); `target_position`; `recorded`, a list of scale, answer and
+    `scales`, and at each `probability`, `off` (in units of the manifold's noise; None: unknown), `position`
+    (on the axes of the class means) and `foot` (the point of the manifold that belongs to it; None without a
+    manifold); `target_position`; `recorded`, a list of scale, answer and
     success for the scales that were run; `geodesic` with `fractions`, `off`, `position` and `recorded` (None:
     there is none, and `reason` says why).
 
@@ -234,6 +246,7 @@ def sweep_results(
             "probability": _plain([row["probability"] for row in mine]),
             "off": _plain(route.off),
             "position": _placed(route.straight, axes, centre),
+            "foot": None if route.foot is None else _placed(route.foot, axes, centre),
             "target_position": _placed(states[target][None], axes, centre)[0],
             "recorded": recorded([edit.scale for edit in sweep.ran]),
             "geodesic": None,

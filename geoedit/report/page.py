@@ -13,6 +13,9 @@ from plotly.offline import get_plotlyjs
 from geoedit.diagnosis.result import Diagnosis
 from geoedit.report.payload import payload
 
+SCRIPTS = ("common", "plots", "tables", "geometry", "space", "explorer", "page")
+"""The parts of the page's script, in the order in which each uses those before it."""
+
 
 def page(diagnosis: Diagnosis) -> str:
     """Return the page of a diagnosis as HTML text.
@@ -26,7 +29,7 @@ def page(diagnosis: Diagnosis) -> str:
         "STYLE": _asset("page.css"),
         "PLOTLY": get_plotlyjs(),
         "DATA": embed(payload(diagnosis)),
-        "SCRIPT": _asset("page.js"),
+        "SCRIPT": _script(),
     }
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
 
@@ -35,6 +38,11 @@ def embed(data: Any) -> str:
     """Return JSON that can stand inside a script element: no `<`, so that no tag can close or open there."""
     text = json.dumps(data, allow_nan=False, ensure_ascii=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _script() -> str:
+    parts = "\n".join(_asset(f"{name}.js") for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def _asset(name: str) -> str:

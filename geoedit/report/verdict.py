@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from geoedit.diagnosis.plan import MEAN_DIFFERENCE, REUSED_VECTOR
 from geoedit.diagnosis.result import Diagnosis
+from geoedit.diagnosis.safe_scale import GRID
 from geoedit.report.terminal import overall_and_within
 
 WORKS, FAILS = 0.9, 0.1
@@ -57,11 +60,35 @@ def verdict(diagnosis: Diagnosis) -> Verdict:
         lines.append(f"Mean differences work (at least {_share(WORKS)}) at {_count(works, len(straight))}.")
     if fails and len(straight) > 1:
         lines.append(f"They do next to nothing (at most {_share(FAILS)}) at {_count(fails, len(straight))}.")
+    geometry = next(site.geometry for site in diagnosis.sites if site.label == best_site)
+    lines.extend(_how_far(geometry, best_site))
     if diagnosis.applied:
         lines.extend(_foresight(diagnosis))
     else:
         lines.append("No edit was run: these are predictions. Run the edits to see them beside what happens.")
     return Verdict(headline, tuple(lines))
+
+
+def _how_far(geometry: Mapping[str, Any], site: str) -> list[str]:
+    """How far an edit may be pushed at a site, and what to do there."""
+    lines = []
+    known = {kind: high for kind, high in geometry.get("safe_scale", {}).items() if high is not None}
+    if known:
+        lows = geometry.get("safe_low", {})
+        parts = [f"{kind}s {_stretch(lows.get(kind), high)}" for kind, high in known.items()]
+        lines.append(f"How far, at {site}: {'; '.join(parts)} (medians over pairs).")
+    if geometry.get("advice"):
+        reason = geometry.get("advice_reason")
+        lines.append(f"Advice there: {geometry['advice']}" + (f" ({reason})." if reason else "."))
+    return lines
+
+
+def _stretch(low: float | None, high: float) -> str:
+    if high <= 0:
+        return "are expected to arrive at no scale"
+    start = f"from {low:.2g} " if low is not None else ""
+    more = " or more" if high >= max(GRID) else ""
+    return f"are expected to arrive at scales {start or 'up '}to {high:.2g}{more}"
 
 
 def _foresight(diagnosis: Diagnosis) -> list[str]:
@@ -72,10 +99,10 @@ def _foresight(diagnosis: Diagnosis) -> list[str]:
     inside = (
         "" if pd.isna(within) or len(diagnosis.sites) == 1 else f", {within:.2f} on average within a site"
     )
+    points = "1 point" if round(100 * error) == 1 else f"{100 * error:.0f} points"
     return [
         f"Before any edit was run, the prediction ranked successes above failures with AUROC {value:.2f} "
-        f"({low:.2f} to {high:.2f}) over all sites{inside}; its probabilities are off by "
-        f"{100 * error:.0f} points on average."
+        f"({low:.2f} to {high:.2f}) over all sites{inside}; its probabilities are off by {points} on average."
     ]
 
 
