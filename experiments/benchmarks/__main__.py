@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from experiments.benchmarks.curvature_table import curvature_table
 from geoedit.diagnosis.result import write_text
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def installed(name: str) -> bool:
 
 
 def page(found: dict[str, Any]) -> str:
-    """The comparisons and the growth as Markdown tables."""
+    """The comparisons, the errors of curvature and the growth as Markdown tables."""
     rows = [
         row
         for name in NAMES
@@ -96,6 +97,8 @@ def page(found: dict[str, Any]) -> str:
             f"| {row['work']} | {row['peer']} | {short(row['ours_ms'])} | {short(row['peer_ms'])} "
             f"| {row['ratio']:.3g} ({row['low']:.3g}–{row['high']:.3g}) | {met} |"
         )
+    if "curvature_estimators" in found:
+        lines += ["", *curvature_table(found["curvature_estimators"]["result"])]
     if "growth" in found:
         lines += ["", *growth_table(found["growth"]["result"])]
     about = {json.dumps(found[name]["machine"], sort_keys=True) for name in found}

@@ -20,19 +20,24 @@ class Sample:
         mean_curvature: |trace II| / d at each point.
         sectional: the mean sectional curvature at each point.
         dim: the dimension d.
+        direction: a tangent vector at each point, where the shape names one.
+        bend: II(v, v) for that vector.
     """
 
     points: Float[Tensor, "n D"]
     mean_curvature: Float[Tensor, "n"]
     sectional: Float[Tensor, "n"]
     dim: int
+    direction: Float[Tensor, "n D"] | None = None
+    bend: Float[Tensor, "n D"] | None = None
 
     def embedded(self, ambient: int, noise: float, generator: torch.Generator) -> Sample:
         """The sample in a random subspace of a larger space, with white noise in all its directions."""
         axes = torch.linalg.qr(_normal(ambient, self.points.shape[1], generator=generator)).Q
         points = self.points @ axes.mT
         points = points + noise * _normal(*points.shape, generator=generator)
-        return Sample(points, self.mean_curvature, self.sectional, self.dim)
+        direction, bend = (None if part is None else part @ axes.mT for part in (self.direction, self.bend))
+        return Sample(points, self.mean_curvature, self.sectional, self.dim, direction, bend)
 
 
 def _normal(*size: int, generator: torch.Generator) -> Tensor:
@@ -116,7 +121,33 @@ def stiefel(n: int, rows: int, columns: int, generator: torch.Generator) -> Samp
     scalar = float((trace**2).sum() - (form**2).sum())
     ones = torch.ones(n, dtype=torch.float64)
     mean = float(torch.linalg.matrix_norm(trace)) / dim
-    return Sample(points.flatten(1), ones * mean, ones * scalar / (dim * (dim - 1)), dim)
+    step = _normal(n, rows, columns, generator=generator)
+    inner = points.mT @ step
+    step = step - points @ (inner + inner.mT) / 2
+    bend = -points @ (step.mT @ step)
+    sectional = ones * scalar / (dim * (dim - 1))
+    return Sample(points.flatten(1), ones * mean, sectional, dim, step.flatten(1), bend.flatten(1))
+
+
+def rank_one(n: int, rows: int, columns: int, generator: torch.Generator) -> Sample:
+    """Matrices s u vᵀ with s from 1.2 to 1.8: II(Z, Z) = 2 U_p V_pᵀ / s, for Z = U_p vᵀ + u V_pᵀ + c u vᵀ.
+
+    II vanishes on pairs of two left or of two right directions, so that H = 0 and the scalar curvature is
+    −2 (rows − 1)(columns − 1)/s².
+    """
+    left = torch.nn.functional.normalize(_normal(n, rows, 1, generator=generator), dim=1)
+    right = torch.nn.functional.normalize(_normal(n, columns, 1, generator=generator), dim=1)
+    size = 1.2 + 0.6 * _uniform(n, 1, 1, generator=generator)
+    up, vp = _normal(n, rows, 1, generator=generator), _normal(n, columns, 1, generator=generator)
+    up, vp = up - left @ (left.mT @ up), vp - right @ (right.mT @ vp)
+    along = _normal(n, 1, 1, generator=generator)
+    step = up @ right.mT + left @ vp.mT + along * left @ right.mT
+    bend = 2 * up @ vp.mT / size
+    dim = rows + columns - 1
+    scalar = -2 * (rows - 1) * (columns - 1) / size.flatten() ** 2
+    points = (size * left @ right.mT).flatten(1)
+    sectional = scalar / (dim * (dim - 1))
+    return Sample(points, torch.zeros_like(scalar), sectional, dim, step.flatten(1), bend.flatten(1))
 
 
 Maker = Callable[[int, torch.Generator], Sample]
