@@ -31,6 +31,9 @@ MARGINS: dict[str, str] = {
     "landing": "logit margin of the target's answer at the landing point, interpolated between rows (nats)",
     "landing_free": "the same as if all that tells the values apart passed through the site (nats)",
     "landing_rows": "the same with each row weighed by the distance in its own metric (nats)",
+    "landing_sharp": "the same with weights by the inverse fourth power of distances, not the square (nats)",
+    "landing_sphere": "the same where the norm of the landing point is that of source and target (nats)",
+    "landing_sphere_sharp": "both (nats)",
     "landing_beyond": "the same a quarter further along the path (nats)",
     "landing_before": "the same three quarters along the path (nats)",
     "landing_half": "the same half way (nats)",
@@ -50,7 +53,7 @@ MARGINS: dict[str, str] = {
     "closure": "part of the outputs' change from source to target that their gradients do not explain",
 }
 LENGTHS: dict[str, str] = {
-    "nearer_fisher": "from the landing point, distance to the nearest rival minus that to the target, over the sum",
+    "nearer_fisher": "distance from the landing to the nearest rival minus that to the target, over the sum",
     "nearer_rows": "the same, each row in its own metric",
     "nearer_plain": "the same in plain distance",
     "length_fisher": "length of the vector over the chord from source to target",
@@ -62,6 +65,7 @@ LENGTHS: dict[str, str] = {
     "missed_fisher": "distance from the landing point to the target over the chord",
     "missed_plain": "the same in plain distance",
     "missed_spread": "distance from the landing point to the target over the spread within classes, plain",
+    "growth": "norm of the landing point over the mean norm of source and target",
     "off_fisher": "distance from the landing point to the nearest row over the rows' typical distance",
     "off_plain": "the same in plain distance",
     "bend_fisher": "second- over first-order response to the vector from source to target: "
@@ -146,9 +150,11 @@ def margin_features(
     def margin(outputs: Float[Tensor, "edits k"]) -> Float[Tensor, " edits"]:
         return output_margin(outputs, answer)[0]
 
-    def landed(t: float, share: Tensor, own: bool = False) -> Float[Tensor, " edits"]:
-        near = weights(path.distances(t, own))[:, None]
-        carried = (near @ (share * change + there) + t * (near @ path.response))[:, 0]
+    def landed(
+        t: float, share: Tensor, own: bool = False, power: int = 2, on: Paths = path
+    ) -> Float[Tensor, " edits"]:
+        near = weights(on.distances(t, own), power)[:, None]
+        carried = (near @ (share * change + there) + t * (near @ on.response))[:, 0]
         return margin(start + carried)
 
     near = torch.stack([weights(path.distances(step / STEPS)) for step in range(STEPS + 1)], 1)
@@ -158,10 +164,14 @@ def margin_features(
     chord = sentence.states[target] - sentence.states[source]
     along = ratio((path.shift * chord).sum(1), chord.square().sum(1))
     everyone = torch.ones_like(sentence.share)
+    sphere = path.on_sphere(sentence)
     found = {
         "landing": landed(1.0, sentence.share),
         "landing_free": landed(1.0, everyone),
         "landing_rows": landed(1.0, sentence.share, own=True),
+        "landing_sharp": landed(1.0, sentence.share, power=4),
+        "landing_sphere": landed(1.0, sentence.share, on=sphere),
+        "landing_sphere_sharp": landed(1.0, sentence.share, power=4, on=sphere),
         "landing_beyond": landed(BEYOND, sentence.share),
         "landing_before": landed(0.75, sentence.share),
         "landing_half": landed(0.5, sentence.share),
@@ -200,6 +210,7 @@ def length_features(sentence: Sentence, path: Paths) -> dict[str, Float[Tensor, 
     at_target = sentence.seen(-sentence.there[source, target])
     straight = path.of_rows(sentence.fisher)
     moved = ((first.square().sum(-1) + last.square().sum(-1)) / 2).sqrt()
+    ends = [sentence.states[row] + sentence.centre for row in (source, target)]
     near = torch.stack([weights(path.distances(step / STEPS)) for step in range(STEPS + 1)], 1)
     speeds = sentence.seen(near @ path.response)
     mean = speeds.mean(1)
@@ -218,6 +229,7 @@ def length_features(sentence: Sentence, path: Paths) -> dict[str, Float[Tensor, 
         "cosine_plain": ratio((path.shift * chord).sum(1), length * chord.norm(dim=1)),
         "missed_fisher": ratio(fisher.gather(1, target[:, None])[:, 0], straight),
         "missed_plain": ratio(path.plain.gather(1, target[:, None])[:, 0], chord.norm(dim=1)),
+        "growth": ratio(2 * (ends[0] + path.shift).norm(dim=1), ends[0].norm(dim=1) + ends[1].norm(dim=1)),
         "off_fisher": ratio(fisher.amin(1), sentence.typical_fisher),
         "off_plain": ratio(path.plain.amin(1), sentence.typical_plain),
         "bend_fisher": ratio(

@@ -22,9 +22,10 @@ class Sentence:
     """The rows of one sentence, and what every pair of them says about the network between them.
 
     Attributes:
-        states: x_w, less their mean. jacobians: J_w. group: rows of one group give the same answer.
+        states: x_w, less their mean, which is `centre`. jacobians: J_w.
+        group: rows of one group give the same answer.
         outputs: f_w, or None where there are no answers.
-        there: `J_w (x_a - x_w)` for all a, w.
+        there: `J_w (x_a - x_w)` for all a, w. images: `J_v` on the states. home: `J_w` on the centre.
         squared: `|x_a - x_w|^2` in the metric at w.
         fisher: distance of every two rows, in the mean of both metrics. plain: the plain one.
         share: see `FEATURES`; 0 where no two rows differ.
@@ -39,13 +40,11 @@ class Sentence:
         group: Int[Tensor, " rows"],
         outputs: Float[Tensor, "rows k"] | None = None,
     ) -> None:
-        self.states, self.jacobians, self.group, self.outputs = (
-            states - states.mean(0),
-            jacobians,
-            group,
-            outputs,
-        )
+        self.centre = states.mean(0)
+        self.states = states - self.centre
+        self.jacobians, self.group, self.outputs = jacobians, group, outputs
         self.images = torch.einsum("vkd,wd->vwk", jacobians, self.states)
+        self.home = jacobians @ self.centre
         own = self.images.diagonal().T
         self.there = self.images.transpose(0, 1) - own[None]
         self.squared = self.norm(self.there).square()
@@ -106,6 +105,26 @@ class Paths:
     ) -> Paths:
         """Measure the paths of edits, given by their rows within the sentence and their vectors."""
         response = torch.einsum("vkd,ed->evk", sentence.jacobians, shift)
+        return cls._measured(sentence, source, target, shift, response)
+
+    def on_sphere(self, sentence: Sentence) -> Paths:
+        """The same edits with the landing point scaled to the mean norm of source and target.
+
+        The norm layers of a network read a state's direction, so that a state pushed far out is much like the
+        one on the sphere below it: `y |x| / |y|`.
+        """
+        start = sentence.states[self.source] + sentence.centre
+        landed, end = start + self.shift, sentence.states[self.target] + sentence.centre
+        factor = ratio((start.norm(dim=1) + end.norm(dim=1)) / 2, landed.norm(dim=1)).nan_to_num(1.0)
+        own = sentence.images[:, self.source].transpose(0, 1) + sentence.home
+        response = factor[:, None, None] * (own + self.response) - own
+        shift = factor[:, None] * landed - start
+        return self._measured(sentence, self.source, self.target, shift, response)
+
+    @classmethod
+    def _measured(
+        cls, sentence: Sentence, source: Tensor, target: Tensor, shift: Tensor, response: Tensor
+    ) -> Paths:
         seen = sentence.seen(response)
         there = sentence.seen(sentence.there[source])
         rows = (
@@ -140,11 +159,11 @@ class Paths:
         return self.response[torch.arange(len(row), device=row.device), row]
 
 
-def weights(distances: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many rows"]:
-    """Return weights by the inverse squares of distances, with sum one; a row that is met has nearly all."""
+def weights(distances: Float[Tensor, "*many rows"], power: int = 2) -> Float[Tensor, "*many rows"]:
+    """Return weights by inverse powers of distances, with sum one; a row that is met has nearly all."""
     longest = distances.amax(-1, keepdim=True)
     relative = distances / torch.where(longest > 0, longest, torch.ones_like(longest))
-    inverse = 1 / (relative.square() + 1e-6)
+    inverse = 1 / (relative**power + 1e-3**power)
     return inverse / inverse.sum(-1, keepdim=True)
 
 
