@@ -1,6 +1,7 @@
 """The comparison of curvature estimators: its closed forms, its references and its table, at small sizes."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,10 +96,9 @@ def test_the_benchmark_at_a_small_size(monkeypatch):
         lambda n, g: shapes.sphere(n, 2, g), 700, 40, curvature_estimators.THREE_PERCENT
     )
     monkeypatch.setattr(curvature_estimators, "CASES", {"small": case})
-    # The peer is imported in seconds and works for a minute; here it stands in for itself.
-    peer = SimpleNamespace(
-        id=SimpleNamespace(lPCA=lambda: SimpleNamespace(fit_pw=lambda points, **how: None))
-    )
+    # The peer is imported in seconds and works for a minute; here something else takes its time.
+    slow = SimpleNamespace(fit_pw=lambda points, **how: time.sleep(0.2))
+    peer = SimpleNamespace(id=SimpleNamespace(lPCA=lambda: slow))
     monkeypatch.setattr(curvature_estimators, "require", lambda name: peer)
     rows = curvature_estimators.run(curvature_estimators.Settings(ambient=8, queries=30, speed_points=110))
     assert len(rows) == 10
