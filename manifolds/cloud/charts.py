@@ -101,6 +101,16 @@ def _bend(tangential: Tensor, form: Tensor) -> tuple[Tensor, ...]:
     return whole / (1 + root), whole, flat, steep, root
 
 
+def symmetric(values: Float[Tensor, "*b p a"]) -> Float[Tensor, "*b d d a"]:
+    """The symmetric matrices whose entries i ≤ j are given in the order of `pairs(d)`."""
+    dim = int((2 * values.shape[-2]) ** 0.5)
+    first, second = pairs(dim, values.device)
+    place = torch.empty(dim, dim, dtype=torch.long, device=values.device)
+    place[first, second] = torch.arange(len(first), device=values.device)
+    place[second, first] = place[first, second]
+    return values[..., place.flatten(), :].unflatten(-2, (dim, dim))
+
+
 def directions(dim: int, like: Tensor) -> Float[Tensor, "e d"]:
     """The directions in which a chart knows how far its neighbours reach: axes, and diagonals between two."""
     axes = torch.eye(dim, dtype=like.dtype, device=like.device)

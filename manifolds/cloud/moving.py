@@ -16,17 +16,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manifolds.cloud.charts import bend, bend_with_slope
+from manifolds.cloud.charts import bend, bend_with_slope, symmetric
 from manifolds.curvature.regression import pairs
 
 SUPPORT_POWER = 4
 """The weight is (1 − |y − cᵢ|²/hᵢ²)⁴: three continuous derivatives at the rim."""
 POWERS = 3
 """How often A is applied to the tangent of the nearest chart; each time what is not Π falls by (h κ)²."""
+TURNS = 2
+"""How many steps the exact tangent space takes at the foot, after one at each step to it."""
+TERMS = {torch.float64: 4, torch.float32: 2}
+"""How many terms of the series of (I − (I − Π) J)⁻¹ the normal Newton step takes, J = I − ∂G."""
 DAMPED = 0.9
 """The Newton step divides by I − S, S the curvature along x − y; beyond this norm S is scaled down."""
 MOST_STEPS = 12
-RESTED = {torch.float64: 1e-7, torch.float32: 1e-3}
+RESTED = {torch.float64: 1e-7, torch.float32: 1e-2}
 """The largest step, in units of the local support, after which only the polishing is left to do."""
 POLISHING = {torch.float64: 6, torch.float32: 2}
 """How many steps follow, through which derivatives pass."""
@@ -113,25 +117,70 @@ def weights(local: Local, y: Float[Tensor, "b r"]) -> tuple[Float[Tensor, "b k"]
     return share, slope - share[..., None] * slope.sum(1, keepdim=True)
 
 
-def blend(
-    local: Local, y: Float[Tensor, "b r"]
-) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b r d"], Float[Tensor, "b k"]]:
-    """F(y), how far y is off the manifold; an orthonormal basis of Π(y); and the weights."""
+@dataclass(frozen=True)
+class Blend:
+    """What the charts say together at each place.
+
+    Attributes:
+        off: F(y), how far y is off the manifold; normal.
+        basis: an orthonormal basis of the range of Π(y).
+        share: the weights.
+        columns: with `rows`, factors of J = I − ∂G.
+        rows: the other factor.
+    """
+
+    off: Float[Tensor, "b r"]
+    basis: Float[Tensor, "b r d"]
+    share: Float[Tensor, "b k"]
+    columns: Float[Tensor, "b r c"]
+    rows: Float[Tensor, "b c r"]
+
+    def solve(self, normal: Float[Tensor, "b r a"]) -> Float[Tensor, "b r a"]:
+        """The normal s with (I − (I − Π) J) s = n, J = I − ∂G: a short series, for J is small there."""
+        found = normal
+        for _ in range(TERMS[normal.dtype]):
+            found = self.columns @ (self.rows @ found)
+            found = normal + found - self.basis @ (self.basis.mT @ found)
+        return found
+
+
+def blend(local: Local, y: Float[Tensor, "b r"], start: Float[Tensor, "b r d"] | None = None) -> Blend:
+    """What the charts say together at y; `start` is a basis near that of Π, if one is known."""
     share, gradient = weights(local, y)
     apart = y[:, None] - local.centres
     along = (apart[..., None, :] @ local.tangent)[..., 0, :]
     rise, slope = bend_with_slope(along, local.form)
     off = apart - (local.tangent @ along[..., None])[..., 0] - rise
-    mean = (share[..., None] * off).sum(1)
+    mean = (share[..., None] * off).sum(1)[..., None]
     # I − ∂G is a sum of products of these columns and rows.
     count, depth, dim = local.tangent.shape[1:]
     columns = share[..., None, None] * (local.tangent + slope)
     columns = torch.cat([columns.transpose(1, 2).reshape(-1, depth, count * dim), -off.mT], -1)
     rows = torch.cat([local.tangent.mT.reshape(-1, count * dim, depth), gradient], 1)
-    basis = local.tangent[:, 0]
-    for _ in range(POWERS):
+    basis = local.tangent[:, 0] if start is None else start
+    for _ in range(POWERS if start is None else 1):
         basis = orthonormal(columns @ (rows @ basis))
-    return mean - (basis @ (basis.mT @ mean[..., None]))[..., 0], basis, share
+    normal = mean - basis @ (basis.mT @ mean)
+    return Blend(normal[..., 0], basis, share, columns, rows)
+
+
+def tangent_space(
+    local: Local, y: Float[Tensor, "b r"], found: Blend, start: Float[Tensor, "b r d"]
+) -> Float[Tensor, "b r d"]:
+    """A basis of the kernel of ∂F at y, by a Newton step on ∂F V = 0 from a basis that is near.
+
+    The range of Π is the kernel up to how Π itself turns with y.
+    """
+    vectors = orthonormal(start)
+    dim = vectors.shape[-1]
+    copies = Local(*(tensor.repeat_interleave(dim, 0) for tensor in vars(local).values()))
+    moved = torch.func.jvp(
+        lambda place: blend(copies, place).off,
+        (y.repeat_interleave(dim, 0),),
+        (vectors.mT.flatten(0, 1),),
+    )[1]
+    left = moved.unflatten(0, (-1, dim)).mT
+    return vectors - found.solve(left - found.basis @ (found.basis.mT @ left))
 
 
 def orthonormal(vectors: Float[Tensor, "b r d"]) -> Float[Tensor, "b r d"]:
@@ -141,49 +190,55 @@ def orthonormal(vectors: Float[Tensor, "b r d"]) -> Float[Tensor, "b r d"]:
 
 
 def bending(
-    local: Local, share: Tensor, basis: Float[Tensor, "b r d"], normal: Float[Tensor, "b r"]
+    local: Local, share: Float[Tensor, "b k"], basis: Float[Tensor, "b r d"], normal: Float[Tensor, "b r"]
 ) -> Float[Tensor, "b d d"]:
-    """⟨II(eᵢ, eⱼ), n⟩ on a basis, blended."""
-    dim = basis.shape[-1]
-    first, second = pairs(dim, basis.device)
-    values = (local.form @ normal[:, None, :, None])[..., 0]
-    place = torch.zeros(dim, dim, dtype=torch.long, device=basis.device)
-    place[first, second] = torch.arange(len(first), device=basis.device)
-    place[second, first] = place[first, second]
-    whole = values[..., place.flatten()].unflatten(-1, (dim, dim))
+    """⟨II(eᵢ, eⱼ), n⟩ on a basis, blended from the charts."""
+    whole = symmetric(local.form @ normal[:, None, :, None])[..., 0]
     turn = local.tangent.mT @ basis[:, None]
     return (share[..., None, None] * (turn.mT @ whole @ turn)).sum(1)
 
 
-def foot(local: Local, start: Float[Tensor, "b r"], x: Float[Tensor, "b r"]) -> Foot:
+def foot(
+    local: Local, start: Float[Tensor, "b r"], x: Float[Tensor, "b r"], *, exact: bool | None = None
+) -> Foot:
     """The foot of each state.
 
-    The iteration runs to rest without derivatives. From there, which is a fixed point, a few more steps are
-    taken that derivatives pass through: each makes their error smaller by the factor of convergence.
+    The iteration runs to rest without derivatives, with Π for the tangent space. From there a few more steps
+    are taken that derivatives pass through: each makes their error smaller by the factor of convergence. In
+    double precision these take the exact tangent space; in single precision Π stays, from which it differs by
+    less than the charts do from the manifold they were learned from.
     """
+    exact = x.dtype == torch.float64 if exact is None else exact
     with torch.no_grad():
-        y = start
+        y, basis = start, local.tangent[:, 0]
         for _ in range(MOST_STEPS):
-            step = newton_step(local, y, x)
-            y = y + step
+            found = blend(local, y, basis)
+            step = newton_step(local, found, found.basis, x - y)
+            y, basis = y + step, found.basis
             if _at_rest(step, local, RESTED[x.dtype]):
                 break
     for _ in range(POLISHING[x.dtype]):
-        y = y + newton_step(local, y, x)
-    _, basis, share = blend(local, y)
-    return Foot(y, basis, share)
+        found = blend(local, y, None if exact else basis)
+        basis = tangent_space(local, y, found, basis) if exact else found.basis
+        y = y + newton_step(local, found, orthonormal(basis) if exact else basis, x - y)
+    found = blend(local, y, None if exact else basis)
+    if not exact:
+        return Foot(y, found.basis, found.share)
+    for _ in range(TURNS):
+        basis = tangent_space(local, y, found, basis)
+    return Foot(y, orthonormal(basis), found.share)
 
 
-def newton_step(local: Local, y: Float[Tensor, "b r"], x: Float[Tensor, "b r"]) -> Float[Tensor, "b r"]:
-    """The step from y to where F = 0 and x − y is normal, to first order."""
-    off, basis, share = blend(local, y)
-    rest = x - y
-    curved = bending(local, share, basis, rest)
+def newton_step(
+    local: Local, found: Blend, basis: Float[Tensor, "b r d"], rest: Float[Tensor, "b r"]
+) -> Float[Tensor, "b r"]:
+    """The step to where F = 0 and x − y, here `rest`, is normal to the basis, to first order."""
+    curved = bending(local, found.share, basis, rest)
     size = (curved * curved).sum((-2, -1), keepdim=True).clamp_min(1e-30).sqrt()
     curved = curved * (DAMPED / size).clamp_max(1)
-    identity = torch.eye(basis.shape[-1], dtype=x.dtype, device=x.device)
+    identity = torch.eye(basis.shape[-1], dtype=rest.dtype, device=rest.device)
     along = torch.linalg.solve(identity - curved, basis.mT @ rest[..., None])
-    return (basis @ along)[..., 0] - off
+    return (basis @ along - found.solve(found.off[..., None]))[..., 0]
 
 
 def _at_rest(step: Tensor, local: Local, limit: float) -> bool:

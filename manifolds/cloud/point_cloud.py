@@ -22,15 +22,23 @@ from manifolds.errors import ManifoldError
 NAME = "PointCloud.fit"
 MOST_CHARTS = 2048
 """How many charts there are unless `neighbors` asks for smaller ones."""
+LEAST_CHARTS = 64
+OVERLAP = 16
+"""On how many charts a sample has a say, where memory and `MOST_CHARTS` allow."""
+SUPPORT = 1.5
+"""How far beyond its cell a chart has weight."""
+OUTLYING = 3.0
+"""How many times the median distance a sample may be off the span to count for its place."""
+ROWS = 4096
 MEMORY = 2**31
 """Bytes that the charts may take while they are fitted; where they would take more, there are fewer."""
-ACTIVE = 16
+ACTIVE = 12
 """How many charts are blended at a place, at most."""
 LISTED = 32
 """How many charts around the nearest one are looked at."""
 LINKS = 12
 """How many neighbours an anchor has in the graph, or twice the dimension and four more."""
-MEASURED = 2048
+MEASURED = 512
 """How many samples the noise is measured on."""
 BUFFERS = ("middle", "frame", "centres", "tangents", "forms", "support", "extent", "shares", "near")
 
@@ -105,19 +113,8 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
         wide = points if points.dtype in (torch.float32, torch.float64) else points.float()
         samples, times = distinct_rows(wide)
         dim = _dimension(samples, len(points), dim)
-        neighbors = _neighbors(samples, len(points), dim, neighbors)
-        each = wide.element_size() * samples.shape[1] * (unknowns(dim) + 1)
-        count = max(64, min(4 * len(samples) // neighbors, MEMORY // each))
-        which = cover(samples, count, neighbors=neighbors)
-        charts = fit_charts(samples, which, dim=dim, neighbors=neighbors)
-        kept = ~charts.alone
-        if not bool(kept.any()):
-            raise ManifoldError(
-                f"{NAME}: every chart centre lies far outside of its {neighbors} neighbours; "
-                "the samples form no manifold at this size: take more neighbours"
-            )
-        charts = Charts(**{name: value[kept] for name, value in vars(charts).items()})
-        return _assemble(cls, samples, times, charts, dim, neighbors)
+        given = _given_neighbors(samples, len(points), dim, neighbors)
+        return _assemble(cls, samples, times, dim, given)
 
     # What a learned manifold gives
 
@@ -241,9 +238,9 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
             near=self.near,
         )
 
-    def _foot(self, flat: Tensor) -> tuple[Foot, Local]:
+    def _foot(self, flat: Tensor, *, exact: bool | None = None) -> tuple[Foot, Local]:
         local, start = localise(self._atlas(flat.dtype), flat, ACTIVE)
-        return foot(local, start, flat), local
+        return foot(local, start, flat, exact=exact), local
 
     def _within(self, found: Foot, local: Local) -> Tensor:
         """Whether a chart that has a say was fitted to samples all around the foot."""
@@ -258,56 +255,90 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
 
 
 def _assemble(
-    cls: type[PointCloud], samples: Tensor, times: Tensor, charts: Charts, dim: int, neighbors: int
+    cls: type[PointCloud], samples: Tensor, times: Tensor, dim: int, neighbors: int | None
 ) -> PointCloud:
-    """The charts in their common span, with the supports that the samples ask for."""
-    origin, frame = common_subspace(
-        charts.centres, errors(charts, dim, neighbors), len(samples) / neighbors, dim + 1
-    )
-    centres = (charts.centres - origin) @ frame
-    tangents = torch.linalg.qr((frame.mT @ charts.tangent).double()).Q.to(frame)
-    forms = charts.form @ frame
-    nearest, apart = _nearest(samples, origin, frame, centres)
+    """Charts, fitted again in the span that the first ones share, and joined as the samples ask for."""
+    total = len(samples)
+    charts, count = _charts(samples, dim, neighbors)
+    origin, frame = common_subspace(charts.centres, errors(charts, dim, count), total / count, dim + 1)
+    origin = _centred(samples, origin, frame)
+    inner = torch.cat([(part - origin) @ frame for part in samples.split(ROWS)])
+    # Most of the noise is left outside: neighbours are truer, and fewer of them do.
+    charts, count = _charts(inner, dim, neighbors)
+    centres = charts.centres
+    nearest, apart = _nearest(inner, centres)
     outlying = apart > 2 * charts.radius[nearest]
-    counts = torch.zeros_like(centres[:, 0]).index_add_(0, nearest[~outlying], times[~outlying].to(centres))
-    listed = min(LISTED, len(centres))
+    ours = ~outlying
+    stands_for = torch.zeros_like(centres[:, 0])
+    stands_for.index_add_(0, nearest[ours], times[ours].to(centres))
     near = torch.arange(len(centres), device=centres.device)[:, None]
     between = charts.radius
+    listed = min(LISTED, len(centres))
     if listed > 1:
         found = nearest_neighbours(centres, neighbors=listed - 1)
         near = torch.cat([near, found.indices], 1)
         between = found.distances[:, min(dim + 1, listed - 1) - 1]
-    cell = torch.zeros_like(between).scatter_reduce(
-        0, nearest[~outlying], apart[~outlying], "amax", include_self=True
-    )
-    support = 1.5 * torch.maximum(cell, between).minimum(2 * charts.radius)
+    cell = torch.zeros_like(between).scatter_reduce(0, nearest[ours], apart[ours], "amax")
     tensors = {
-        "middle": origin, "frame": frame, "centres": centres, "tangents": tangents, "forms": forms,
-        "support": support, "extent": charts.extent, "shares": counts, "near": near,
+        "middle": origin, "frame": frame, "centres": centres, "tangents": charts.tangent,
+        "forms": charts.form, "support": SUPPORT * torch.maximum(cell, between).minimum(2 * charts.radius),
+        "extent": charts.extent, "shares": stands_for, "near": near,
     }  # fmt: skip
     values = {
-        "dim": dim, "neighbors": neighbors, "noise": math.nan, "reach": math.inf,
+        "dim": dim, "neighbors": count, "noise": math.nan, "reach": math.inf,
         "outliers": int(times[outlying].sum()), "curved": float(charts.curved.double().mean()),
     }  # fmt: skip
     made = cls(values, {name: value.contiguous() for name, value in tensors.items()})
-    inner = (~outlying).nonzero()[:, 0]
-    some = inner[:: max(1, len(inner) // MEASURED)]
-    distance = torch.cat([made.project(part).distance for part in samples[some].split(512)])
-    made.noise = float(distance.double().square().mean().sqrt())
-    made.reach = estimate_reach(centres, tangents, forms, charts.radius, made.noise)
+    some = ours.nonzero()[:, 0]
+    some = some[:: max(1, len(some) // MEASURED)]
+    feet = torch.cat([made._foot(part, exact=False)[0].at for part in inner[some].split(256)])
+    made.noise = float(
+        _length(samples[some] - made.middle - feet @ made.frame.mT).double().square().mean() ** 0.5
+    )
+    made.reach = estimate_reach(centres, charts.tangent, charts.form, charts.radius, charts.noise)
     return made
 
 
-def _nearest(samples: Tensor, origin: Tensor, frame: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest chart of each sample and how far its centre is, all distances counted."""
-    which, apart = [], []
-    back = origin + centres @ frame.mT
+def _charts(points: Tensor, dim: int, neighbors: int | None) -> tuple[Charts, int]:
+    """Charts on a cover of the points, and how many neighbours they were fitted to."""
+    total, width = points.shape
+    if neighbors is None:
+        least = min(total - 1, max(16, 5 * unknowns(dim), 4 * total // MOST_CHARTS))
+        neighbors = choose_neighbors(points, dim, least)
+    each = points.element_size() * width * (unknowns(dim) + 1)
+    count = max(1, min(max(LEAST_CHARTS, OVERLAP * total // neighbors), MOST_CHARTS, MEMORY // each))
+    which = cover(points, max(count, 4 * total // neighbors), neighbors=neighbors)
+    charts = fit_charts(points, which, dim=dim, neighbors=neighbors)
+    kept = ~charts.alone
+    if not bool(kept.any()):
+        raise ManifoldError(
+            f"{NAME}: every chart centre lies far outside of its {neighbors} neighbours; "
+            "the samples form no manifold at this size: take more neighbours"
+        )
+    return Charts(**{name: value[kept] for name, value in vars(charts).items()}), neighbors
+
+
+def _centred(samples: Tensor, origin: Tensor, frame: Tensor) -> Tensor:
+    """The origin, moved across the span to the mean of the samples that are not far off it."""
+    normal, length = torch.zeros_like(origin), []
+    parts = samples.split(ROWS)
+    for part in parts:
+        rest = part - origin
+        length.append(_length(rest - rest @ frame @ frame.mT))
+    limit = OUTLYING * torch.cat(length).median()
+    kept = 0
+    for part, far in zip(parts, length, strict=True):
+        near = far <= limit
+        normal, kept = normal + (part[near] - origin).sum(0), kept + int(near.sum())
+    normal = normal / kept
+    return origin + normal - frame @ (frame.mT @ normal)
+
+
+def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest chart of each sample and how far its centre is."""
     squares = (centres * centres).sum(1)
-    for part in samples.split(1024):
-        chosen = (squares - 2 * ((part - origin) @ frame) @ centres.mT).argmin(1)
-        which.append(chosen)
-        apart.append(_length(part - back[chosen]))
-    return torch.cat(which), torch.cat(apart)
+    which = torch.cat([(squares - 2 * part @ centres.mT).argmin(1) for part in points.split(1024)])
+    return which, _length(points - centres[which])
 
 
 def _length(vectors: Tensor) -> Tensor:
@@ -349,13 +380,10 @@ def _dimension(samples: Tensor, given: int, dim: int | None) -> int:
     return dim
 
 
-def _neighbors(samples: Tensor, given: int, dim: int, neighbors: int | None) -> int:
-    """How many samples a chart is fitted to."""
+def _given_neighbors(samples: Tensor, given: int, dim: int, neighbors: int | None) -> int | None:
+    """The number of neighbours, if one is given and fits."""
     count = len(samples)
-    if neighbors is None:
-        least = min(count - 1, max(16, 5 * unknowns(dim), 4 * count // MOST_CHARTS))
-        return choose_neighbors(samples, dim, least)
-    if not dim + 4 <= neighbors < count:
+    if neighbors is not None and not dim + 4 <= neighbors < count:
         raise ManifoldError(
             f"{NAME}: neighbors is {neighbors}; with {_said(count, given)} in dim {dim} it can be "
             f"{dim + 4} to {count - 1}"

@@ -16,7 +16,7 @@ def estimate_reach(
     tangents: Float[Tensor, "m r d"],
     forms: Float[Tensor, "m p r"],
     radius: Float[Tensor, "m"],
-    noise: float,
+    noise: Float[Tensor, "m"],
 ) -> float:
     """The distance within which each point has one nearest point on the manifold.
 
@@ -35,7 +35,7 @@ def estimate_reach(
         between = centres[None] - centres[some, None]
         along = between @ tangents[some]
         square = (between * between).sum(-1)
-        off = (square - (along * along).sum(-1)).clamp_min(0).sqrt() - noise
+        off = (square - (along * along).sum(-1)).clamp_min(0).sqrt() - noise[None]
         known = square > radius[some, None] ** 2
         far[some] = torch.where(known, 2 * off.clamp_min(0) / square.clamp_min(1e-30), 0.0).amax(1)
     worst = torch.maximum(local, far)
