@@ -10,7 +10,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,7 +70,6 @@ class LearnedManifold(RiemannianSubmanifold):
     width: int
     noise: float
     reach: float
-    metric: SampledMetric | None = None
 
     _kinds: ClassVar[dict[str, type["LearnedManifold"]]] = {}
 
@@ -208,12 +207,17 @@ class LearnedManifold(RiemannianSubmanifold):
             rough = found.residual > ROUGH
             raise ManifoldError(
                 f"{self.name}.{name}: no shortest path was found for {int(rough.sum())} of {rough.numel()} "
-                f"pairs (largest residual {float(found.residual.max()):.1g}); the manifold is rough there: fit it "
-                "with more samples, or see shortest_path"
+                f"pairs (largest residual {float(found.residual.max()):.1g}); the manifold is rough there: "
+                "fit it with more samples, or see shortest_path"
             )
         return found
 
     # Another metric
+
+    @property
+    def metric(self) -> SampledMetric | None:
+        """What inner products and lengths are taken in; None for the surrounding space's. See `with_metric`."""
+        return cast(SampledMetric | None, self._modules.get("sampled_metric"))
 
     def with_metric(self, metric: SampledMetric | None) -> "LearnedManifold":
         """The same set with another metric: inner products, gradients, lengths and geodesics are taken in it.
@@ -235,7 +239,7 @@ class LearnedManifold(RiemannianSubmanifold):
         other = copy.copy(self)
         other.__dict__ = {key: value for key, value in self.__dict__.items() if key != "_graph_links"}
         other._buffers, other._modules = dict(self._buffers), dict(self._modules)
-        other._modules["metric"] = metric
+        other._modules["sampled_metric"] = metric
         other.metric_is_ambient = metric is None
         other._metric_changed()
         return other

@@ -47,8 +47,8 @@ class Table:
     closed: bool
 
 
-def tabulate(shape: Curve | Sheet, closed: bool) -> Table:
-    """The table of a curve or a sheet."""
+def tabulate(shape: Curve | Sheet, closed: bool, nodes: int = NODES) -> Table:
+    """The table of a curve or a sheet; of a sheet with about so many nodes."""
     if isinstance(shape, Curve):
         breaks = shape.breaks
         share = torch.arange(PER_SEGMENT, dtype=breaks.dtype, device=breaks.device) / PER_SEGMENT
@@ -58,7 +58,7 @@ def tabulate(shape: Curve | Sheet, closed: bool) -> Table:
     else:
         knots = shape.centres * shape.scale + shape.shift
         low, high = knots.amin(0), knots.amax(0)
-        count = max(3, round(NODES ** (1 / shape.q)))
+        count = max(3, round(nodes ** (1 / shape.q)))
         share = torch.linspace(0, 1, count, dtype=knots.dtype, device=knots.device)
         grid = torch.cartesian_prod(*[share] * shape.q)
         places = torch.cat([low + grid * (high - low), knots])

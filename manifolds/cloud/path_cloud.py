@@ -8,27 +8,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manifolds.base import frobenius_norm, plain, safe_sqrt
-from manifolds.cloud.arcs import Arcs, measure
+from manifolds.base import frobenius_norm, plain
 from manifolds.cloud.closing import Closing
-from manifolds.cloud.geodesics import ShortestPath, check_count
-from manifolds.cloud.learned import LearnedManifold, Projection
-from manifolds.cloud.nearest import Nearest, Table, nearest, tabulate
-from manifolds.cloud.neighbours import nearest_neighbours
+from manifolds.cloud.learned import Projection
+from manifolds.cloud.nearest import Nearest, nearest
+from manifolds.cloud.path_curvature import Noise, PathCurvature, path_curvature
 from manifolds.cloud.path_fit import fit_path
-from manifolds.cloud.splines import Curve, Sheet
+from manifolds.cloud.path_lengths import CURVE, SHEET, MeasuredPath, Parts
+from manifolds.cloud.splines import Curve
 from manifolds.errors import ManifoldError
 from manifolds.operations import widened
 
-CURVE = ("breaks", "pieces")
-SHEET = ("centres", "weights", "polynomial", "shift", "scale")
 SHARED = (
-    "means", "knots", "coordinates", "spread", "standard_error", "centre", "frame", "covariance", "hull",
+    "means", "knots", "coordinates", "spread", "standard_error", "centre", "frame", "covariance",
+    "influence", "hull",
 )  # fmt: skip
-NUMBERS = ("noise", "reach", "period", "smoothing", "freedom", "directions", "margin", "slack")
+NUMBERS = ("noise", "reach", "period", "smoothing", "freedom", "directions", "pooled", "margin", "slack")
 
 
-class PathCloud(LearnedManifold, kind="path-cloud"):
+class PathCloud(MeasuredPath, kind="path-cloud"):
     """A curve, or with coordinates of several columns a sheet, through the means of classes.
 
     The means are smoothed as far as their standard errors ask for, then a spline of degree five goes through
@@ -78,7 +76,7 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
         found = values["closing"]
         self.closing = None if found is None else Closing(**found)
         self.example_shape = (self.width,)
-        self._parts: dict[torch.dtype, _Parts] = {}
+        self._parts: dict[torch.dtype, Parts] = {}
         what = "closed" if self.closed else "open" if self.q == 1 else f"{self.q} coordinates"
         self.name = f"PathCloud({len(self.means)} classes in {self.width} dimensions, {what})"
 
@@ -92,6 +90,7 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
     smoothing: float
     freedom: float
     directions: float
+    pooled: float
     margin: float
     slack: float
 
@@ -139,6 +138,29 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
         flat, parts = self._flat(x)
         found = nearest(parts.shape, parts.table, (flat - parts.centre) @ parts.frame).coordinate
         return found.reshape(*x.shape[:-1], self.q).to(x.dtype)
+
+    def curvature(self, coordinate: Float[Tensor, "*batch 1"]) -> PathCurvature:
+        """The curvature of a curve, with its standard error and whether the samples tell it.
+
+        Raises:
+            ManifoldError: the path is a sheet, which has a `second_fundamental_form`.
+        """
+        t, parts = self._coordinates(coordinate)
+        shape = parts.shape
+        if not isinstance(shape, Curve):
+            raise ManifoldError(f"{self.name}.curvature: a sheet has a second_fundamental_form")
+        noise = Noise(self.standard_error.to(t) ** 2, self.covariance.to(t), self.pooled, self.directions)
+        influence = Curve(shape.breaks, self.influence.to(t))
+        found = path_curvature(shape, influence, t, noise, self.closed)
+        batch, kind = coordinate.shape[:-1], coordinate.dtype
+        return PathCurvature(
+            vector=(found.vector @ parts.frame.mT).reshape(*batch, self.width).to(kind),
+            value=found.value.reshape(batch).to(kind),
+            standard_error=found.standard_error.reshape(batch).to(kind),
+            snr=found.snr.reshape(batch).to(kind),
+            reliable=found.reliable.reshape(batch),
+            reason=found.reason,
+        )
 
     # What makes it a learned manifold
 
@@ -193,138 +215,6 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
         """Makes the path again from what `describe` gave, to the bit."""
         return cls(values, tensors)
 
-    # Geodesics: of a curve, by its length
-
-    def length(self) -> Tensor:
-        """The length of a curve, in the metric that the manifold carries.
-
-        Raises:
-            ManifoldError: the path is a sheet.
-        """
-        return self._arcs(self._in(widened(self.means)), "length").length.to(self.means.dtype)
-
-    def shortest_path(self, x: Tensor, y: Tensor, points: int = 17) -> ShortestPath:
-        """The way along a curve in closed form; on a sheet see `LearnedManifold.shortest_path`."""
-        if self.q > 1:
-            return super().shortest_path(x, y, points)
-        x, y = torch.broadcast_tensors(plain(x), plain(y))
-        check_count(self.name, points)
-        here, there = self._flat(x)[0], self._flat(y)[0]
-        arcs, start, way = self._way(here, there)
-        share = torch.linspace(0, 1, points, dtype=way.dtype, device=way.device)
-        t = self._place(arcs, (start[:, None] + way[:, None] * share).flatten())
-        path = self.at(t[:, None]).unflatten(0, (len(way), points))
-        path = torch.cat([here[:, None], path[:, 1:-1], there[:, None]], 1)
-        batch = x.shape[:-1]
-        return ShortestPath(
-            path.reshape(*batch, points, self.width).to(x.dtype),
-            way.abs().reshape(batch).to(x.dtype),
-            torch.ones(batch, dtype=torch.bool, device=x.device),
-            torch.zeros(batch, dtype=torch.long, device=x.device),
-            torch.zeros(batch, dtype=x.dtype, device=x.device),
-        )
-
-    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
-        """The point at the length of u along the curve; an open one ends at its end.
-
-        On a sheet see `LearnedManifold.expmap`.
-        """
-        return super().expmap(x, u) if self.q > 1 else self._carried(x, u)[0]
-
-    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The point exp_x(u), and v carried there; on a curve parallel."""
-        if self.q > 1:
-            return super().expmap_transp(x, u, v)
-        y, before, after = self._carried(x, u)
-        return y, (v * before).sum(-1, keepdim=True) * after
-
-    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """The vector v carried to exp_x(u); on a curve parallel."""
-        return self.expmap_transp(x, u, v)[1]
-
-    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
-        """The tangent vector as long as the way along the curve.
-
-        On a sheet see `LearnedManifold.logmap`.
-        """
-        if self.q > 1:
-            return super().logmap(x, y)
-        x, y = torch.broadcast_tensors(plain(x), plain(y))
-        here, there = self._flat(x)[0], self._flat(y)[0]
-        _, _, way = self._way(here, there)
-        along = self._unit(here)
-        return (way[:, None] * along).reshape(x.shape)
-
-    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """The length of the way along the curve; on a sheet see `LearnedManifold.dist`."""
-        if self.q > 1:
-            return super().dist(x, y, keepdim=keepdim)
-        x, y = torch.broadcast_tensors(plain(x), plain(y))
-        found = self._way(self._flat(x)[0], self._flat(y)[0])[2].abs().reshape(x.shape[:-1])
-        return found[..., None] if keepdim else found
-
-    @property
-    def anchors(self) -> Float[Tensor, "m D"]:
-        """Points all over the path."""
-        parts = self._in(widened(self.means))
-        return parts.centre + parts.table.values @ parts.frame.mT
-
-    def graph(self) -> tuple[Int[Tensor, "m k"], Float[Tensor, "m k"]]:
-        """For each anchor those next to it in coordinates, and how far they are as points."""
-        parts = self._in(widened(self.means))
-        places = parts.table.places / (parts.table.high - parts.table.low)
-        found = nearest_neighbours(places, neighbors=min(3**self.q + 3, len(places) - 1)).indices
-        apart = parts.table.values[found] - parts.table.values[:, None]
-        return found, frobenius_norm(apart, 1)
-
-    def _arcs(self, parts: "_Parts", name: str) -> Arcs:
-        if self.q > 1:
-            raise ManifoldError(f"{self.name}.{name}: a sheet of {self.q} coordinates has no length")
-        if parts.arcs is None:
-            parts.arcs = measure(parts.table.places[:, 0], lambda t: self._speed(parts, t))
-        return parts.arcs
-
-    def _speed(self, parts: "_Parts", t: Tensor) -> Tensor:
-        value, first = parts.shape.derivatives(t, 1)
-        if self.metric is None:
-            return frobenius_norm(first[..., 0], 1)
-        pushed = first[..., 0] @ parts.frame.mT
-        return safe_sqrt(self.metric.inner(parts.centre + value @ parts.frame.mT, pushed, pushed))
-
-    def _way(self, here: Tensor, there: Tensor) -> tuple[Arcs, Tensor, Tensor]:
-        """The lengths of the curve, that up to x, and the signed length of the way from there to y."""
-        arcs = self._arcs(self._in(here), "geodesic")
-        start, end = (arcs.to_place(self.coordinate(z)[:, 0]) for z in (here, there))
-        way = end - start
-        if self.closed:
-            way = way - arcs.length * (way.detach() / arcs.length).round()
-        return arcs, start, way
-
-    def _place(self, arcs: Arcs, length: Tensor) -> Tensor:
-        if self.closed:
-            length = torch.remainder(length, arcs.length)
-        return arcs.place_at(length)
-
-    def _unit(self, x: Tensor) -> Tensor:
-        """The tangent of length one in the metric, the way that the coordinate grows."""
-        along = self.project(x).tangent[..., 0]
-        return along if self.metric is None else along / self.norm(x, along)[..., None]
-
-    def _carried(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The point exp_x(u), and the tangents at both; what one takes as coordinates the other gives."""
-        x, u = torch.broadcast_tensors(plain(x), plain(u))
-        flat, parts = self._flat(x)
-        arcs = self._arcs(parts, "expmap")
-        before = self._unit(flat)
-        size = (u.reshape(flat.shape) * before).sum(-1)
-        if self.metric is not None:  # the tangent is of length one in the metric, not in space
-            size = size / (before * before).sum(-1)
-        t = self._place(arcs, arcs.to_place(self.coordinate(flat)[:, 0]) + size)
-        y = self.at(t[:, None])
-        after = self._unit(y)
-        back = before / (before * before).sum(-1, keepdim=True)
-        return y.reshape(x.shape), back.reshape(x.shape), after.reshape(x.shape)
-
     # Inside
 
     def _metric_changed(self) -> None:
@@ -339,7 +229,7 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
             return True, None
         return False, f"{name} has shape {tuple(shape)}; a point is a vector of {self.width}"
 
-    def _flat(self, x: Tensor) -> "tuple[Tensor, _Parts]":
+    def _flat(self, x: Tensor) -> tuple[Tensor, Parts]:
         ok, reason = self._check_shape(x.shape, "x")
         if not ok:
             raise ManifoldError(f"{self.name}: {reason}")
@@ -348,7 +238,7 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
         wide = widened(plain(x)).reshape(-1, self.width)
         return wide, self._in(wide)
 
-    def _in(self, like: Tensor) -> "_Parts":
+    def _in(self, like: Tensor) -> Parts:
         """The path in the dtype of a tensor; what is made of it is kept."""
         if like.device != self.means.device:
             raise ManifoldError(
@@ -356,10 +246,11 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
                 "move one of them with .to"
             )
         if like.dtype not in self._parts:
-            self._parts[like.dtype] = _Parts(self, like.dtype)
+            self._parts[like.dtype] = Parts(self, like.dtype)
         return self._parts[like.dtype]
 
-    def _derivative(self, coordinate: Tensor, order: int) -> Tensor:
+    def _coordinates(self, coordinate: Tensor) -> tuple[Tensor, Parts]:
+        """The coordinates (b, q), within those of the path."""
         if coordinate.shape[-1:] != (self.q,) or not coordinate.is_floating_point():
             raise ManifoldError(
                 f"{self.name}: coordinates have shape {tuple(coordinate.shape)} and dtype "
@@ -372,12 +263,16 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
             t = low + torch.remainder(t - low, high - low)
         else:
             t = torch.minimum(torch.maximum(t, low), high)
+        return t, parts
+
+    def _derivative(self, coordinate: Tensor, order: int) -> Tensor:
+        t, parts = self._coordinates(coordinate)
         found = parts.shape.derivatives(t, order)[order]
         found = torch.einsum("Dr,br...->bD...", parts.frame, found)
         found = found + parts.centre if order == 0 else found
         return found.reshape(*coordinate.shape[:-1], *found.shape[1:]).to(coordinate.dtype)
 
-    def _inside(self, parts: "_Parts", found: Nearest, away: Tensor, basis: Tensor) -> Tensor:
+    def _inside(self, parts: Parts, found: Nearest, away: Tensor, basis: Tensor) -> Tensor:
         away, basis, t = away.detach(), basis.detach(), found.coordinate.detach()
         beyond = frobenius_norm((basis.mT @ away[..., None])[..., 0], 1)
         room = max(self.margin, torch.finfo(away.dtype).eps ** 0.5 * parts.size)
@@ -385,24 +280,6 @@ class PathCloud(LearnedManifold, kind="path-cloud"):
         if len(parts.hull):
             inside = inside & (t @ parts.hull[:, :-1].mT + parts.hull[:, -1] <= self.slack).all(-1)
         return inside
-
-
-class _Parts:
-    """A path in one dtype: its shape, its table and the frame it lies in."""
-
-    def __init__(self, path: PathCloud, dtype: torch.dtype) -> None:
-        def get(name: str) -> Tensor:
-            return getattr(path, name).to(dtype)
-
-        self.centre, self.frame, self.hull = get("centre"), get("frame"), get("hull")
-        self.shape: Curve | Sheet
-        if path.power is None:
-            self.shape = Curve(*(get(name) for name in CURVE))
-        else:
-            self.shape = Sheet(**{name: get(name) for name in SHEET}, power=path.power)
-        self.table: Table = tabulate(self.shape, path.closed)
-        self.arcs: Arcs | None = None
-        self.size = float((self.table.values - self.table.values.mean(0)).square().sum(-1).mean().sqrt())
 
 
 def orthonormal(first: Float[Tensor, "b r q"]) -> Float[Tensor, "b r q"]:

@@ -24,6 +24,8 @@ PRIOR = 4.0
 """How many samples the variance common to all classes counts for, beside those of a class."""
 ROWS = 4096
 """How many samples are handled at a time."""
+AGAIN = 3
+"""How often a smoothed path is measured and fitted again."""
 PAIRED = 512
 """From how many samples the number of directions of the noise is estimated."""
 PLACES = 1024
@@ -41,6 +43,7 @@ class Classes:
         variance: the expected ‖error‖² of each mean; 0 where nothing is known of it.
         known: whether any class has two samples, so that something is known of the noise.
         directions: in how many directions the noise goes, (tr Σ)² / tr Σ².
+        pooled: the expected ‖deviation‖² of a sample, over all classes.
         outliers: which samples were left out.
         kept: all others.
     """
@@ -51,6 +54,7 @@ class Classes:
     variance: Tensor
     known: bool
     directions: float
+    pooled: float
     outliers: Tensor
     kept: Tensor
 
@@ -87,27 +91,42 @@ def fit_path(
         breaks = _breaks(given, steps, closed)
         family, places = curves(breaks, closed), breaks[:count, None]
     shift = classes.means.mean(0)
-    values = (classes.means - shift).cpu().numpy()
-    smoothing = smooth(family, values, classes.variance.cpu().numpy(), 2.9 if closed else 0.0)
+    values, variance = (classes.means - shift).cpu().numpy(), classes.variance.cpu().numpy()
+    least = 2.9 if closed else 0.0
+    smoothing = smooth(family, values, variance, least)
+    for _ in range(AGAIN if given is None and smoothing.strength > 0 else 0):
+        # The steps of the smoothed path have less noise than those of the means.
+        knots = smoothing.matrix @ values
+        steps = np.linalg.norm(np.roll(knots, -1, 0) - knots, axis=1)
+        if not (steps[: count - 1 + closed] > 1e-3 * steps.mean()).all():
+            break
+        breaks = _breaks(None, steps, closed)
+        family, places = curves(breaks, closed), breaks[:count, None]
+        smoothing = smooth(family, values, variance, least)
     fitted = torch.from_numpy(smoothing.matrix @ values).to(shift)
     frame = _span(fitted, shift)
     shape = family.through((fitted @ frame).cpu())
     shape = type(shape)(**{k: _on(v, shift) for k, v in vars(shape).items()})
     table = tabulate(shape, closed)
     within, noise, margin = _residuals(points, labels, classes, shape, table, shift, frame)
+    influence = torch.zeros(0, 0, count).to(shift)
+    if isinstance(family.cardinal, Curve):
+        influence = (family.cardinal.pieces @ torch.from_numpy(smoothing.matrix)).to(shift)
     hull = _hull(places, shape).to(shift)
     speed = float(table.slopes.square().sum((1, 2)).mean().sqrt())
     numbers = {
         "noise": noise, "reach": reach(shape, table),
         "period": float(table.high[0] - table.low[0]) if closed else math.nan,
         "smoothing": smoothing.strength, "freedom": smoothing.freedom, "directions": classes.directions,
-        "margin": margin, "slack": margin / speed + 1e-6 * float((table.high - table.low).max()),
+        "pooled": classes.pooled, "margin": margin,
+        "slack": margin / speed + 1e-6 * float((table.high - table.low).max()),
     }  # fmt: skip
     error = classes.variance.sqrt() if classes.known else torch.full_like(classes.variance, math.nan)
     tensors = {
         "means": classes.means, "knots": fitted + shift, "coordinates": torch.from_numpy(places).to(shift),
         "spread": classes.spread, "standard_error": error, "centre": shift, "frame": frame,
-        "covariance": within, "hull": hull, **{k: v for k, v in vars(shape).items() if isinstance(v, Tensor)},
+        "covariance": within, "influence": influence, "hull": hull,
+        **{k: v for k, v in vars(shape).items() if isinstance(v, Tensor)},
     }  # fmt: skip
     tensors = {name: tensor.to(points.dtype).contiguous() for name, tensor in tensors.items()}
     tensors["outliers"] = classes.outliers
@@ -195,12 +214,12 @@ def summarise(points: Float[Tensor, "n D"], labels: Int[Tensor, "n"], count: int
     degrees = (counts - 1).double()
     known = bool((degrees > 0).any())
     spread = torch.where(degrees > 0, squares / degrees.clamp_min(1), math.nan).sqrt()
-    pooled = float(spread[degrees > 0].square().median()) if known else 0.0
+    pooled = float(squares.sum() / degrees.sum()) if known else 0.0
     variance = (PRIOR * pooled + squares) / (PRIOR + degrees) / counts
     directions = _directions(points, labels, means, kept) if pooled > 0 else 1.0
     return Classes(
         means, counts, spread, variance if known else torch.zeros_like(squares), known, directions,
-        far.nonzero()[:, 0], kept,
+        pooled,         far.nonzero()[:, 0], kept,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class SampledMetric(nn.Module):
         check_points(anchors, "SampledMetric")
         if factors.ndim != 3 or factors.shape[0] != len(anchors) or factors.shape[2] != anchors.shape[1]:
             raise ManifoldError(
-                f"SampledMetric: factors have shape {tuple(factors.shape)}; give (anchors, rows, dimensions), "
+                f"SampledMetric: factors have shape {tuple(factors.shape)}; give (anchors, rows, width), "
                 f"here ({len(anchors)}, rows, {anchors.shape[1]})"
             )
         if factors.dtype != anchors.dtype or factors.device != anchors.device:
