@@ -1,0 +1,146 @@
+"""Learn trees from edits and their outcomes, and write them down so that no library is needed to ask them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from sklearn.ensemble import HistGradientBoostingClassifier
+
+from geoedit.diagnosis.odds import Tree, Trees
+from geoedit.errors import EditError
+
+RISING = (
+    "landing",
+    "landing_rows",
+    "landing_sharp",
+    "landing_sphere",
+    "landing_sphere_sharp",
+    "landing_beyond",
+    "landing_before",
+    "along_path",
+    "from_target",
+    "progress",
+    "end",
+    "nearer_fisher",
+    "nearer_rows",
+    "nearer_plain",
+)
+"""Features of which more can only be better for the edit: the trees are held to that."""
+DIGITS = 7
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the trees are learned: how many, how deep, how slowly, and on how many edits at most."""
+
+    trees: int = 200
+    depth: int = 4
+    rate: float = 0.08
+    smallest_leaf: int = 100
+    shrinkage: float = 5.0
+    edits: int = 60_000
+
+
+def learn(
+    columns: Mapping[str, Float[np.ndarray, " edits"]],
+    success: Bool[np.ndarray, " edits"],
+    *,
+    name: str,
+    needs: str,
+    groups: Sequence[Any] | None = None,
+    learning: Learning | None = None,
+    seed: int = 0,
+) -> Trees:
+    """Fit boosted trees to the outcomes of edits.
+
+    The loss is the mean negative log-likelihood, so that the sum of the trees is a calibrated logit; every
+    group (a concept in a model) counts alike, however many edits it has. Features in `RISING` may only raise
+    the odds.
+
+    Args:
+        columns: features, NaN where unknown.
+        success: what happened.
+        name: of the set of trees. needs: see `Trees`.
+        needs: see `name`.
+        groups: the group of each edit; None: every edit counts alike.
+        learning: how.
+        seed: of the draw, where there are more edits than `learning.edits`.
+
+    Raises:
+        EditError: no edits, or only one outcome.
+    """
+    learning = learning or Learning()
+    if len(success) == 0 or bool(success.all()) or not bool(success.any()):
+        raise EditError(
+            f"{int(success.sum())} of {len(success)} edits succeeded: trees need successes and failures."
+        )
+    names = list(columns)
+    chosen = np.arange(len(success))
+    if len(chosen) > learning.edits:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(chosen))[: learning.edits])
+    weight = np.ones(len(success))
+    if groups is not None:
+        _, number, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+        weight = (len(success) / len(counts) / counts)[number]
+    table = np.stack([columns[column][chosen] for column in names], 1)
+    booster = HistGradientBoostingClassifier(
+        max_iter=learning.trees,
+        max_depth=learning.depth,
+        max_leaf_nodes=None,
+        learning_rate=learning.rate,
+        min_samples_leaf=learning.smallest_leaf,
+        l2_regularization=learning.shrinkage,
+        monotonic_cst=[int(column in RISING) for column in names],
+        max_bins=128,
+        early_stopping=False,
+        random_state=seed,
+    ).fit(table, success[chosen], sample_weight=weight[chosen])
+    # scikit-learn keeps the trees in private attributes; a test compares what is read with what it says.
+    trees = tuple(_tree(stage[0].nodes, names, learning.depth) for stage in booster._predictors)
+    return Trees(name, needs, float(np.ravel(booster._baseline_prediction)[0]), trees)
+
+
+def probabilities(
+    trees: Trees, columns: Mapping[str, Float[np.ndarray, " edits"]]
+) -> Float[np.ndarray, " edits"]:
+    """Ask the trees, in pieces that stay small."""
+    count = len(next(iter(columns.values())))
+    found = np.empty(count)
+    for start in range(0, count, 20_000):
+        part = {name: torch.from_numpy(column[start : start + 20_000]) for name, column in columns.items()}
+        found[start : start + 20_000] = torch.sigmoid(trees.logit(part)).numpy()
+    return found
+
+
+def _tree(nodes: np.ndarray, names: Sequence[str], depth: int) -> Tree:
+    """Fill a heap of the full depth: below an early leaf every question leads to the same number."""
+    inner, leaves = 2**depth - 1, 2**depth
+    asks, above, missing = [names[0]] * inner, [math.inf] * inner, [False] * inner
+    values = [0.0] * leaves
+
+    def fill(place: int, node: int) -> None:
+        row = nodes[node]
+        if place >= inner:
+            values[place - inner] = _short(row["value"])
+        elif row["is_leaf"]:
+            fill(2 * place + 1, node)
+            fill(2 * place + 2, node)
+        else:
+            asks[place] = names[int(row["feature_idx"])]
+            above[place] = _short(row["num_threshold"])
+            missing[place] = not bool(row["missing_go_to_left"])
+            fill(2 * place + 1, int(row["left"]))
+            fill(2 * place + 2, int(row["right"]))
+
+    fill(0, 0)
+    return Tree(tuple(asks), tuple(above), tuple(missing), tuple(values))
+
+
+def _short(number: Any) -> float:
+    return float(f"{float(number):.{DIGITS}g}")
