@@ -32,6 +32,7 @@ NAMES = (
     "jacobian_directions",
     "lora_almanac",
     "curvature_estimators",
+    "manifold_edits",
     "growth",
 )
 PACKAGES = ("torch", "geoopt", "pymanopt", "stochman", "scikit-dimension", "peft", "numpy", "scipy")
@@ -84,7 +85,8 @@ def page(found: dict[str, Any]) -> str:
         "# Benchmarks",
         "",
         "Written by `python -m experiments.benchmarks`. Ratio: the peer's time over ours, both taken in turn",
-        "in one run on one thread; above 1, ours is faster. For LoRA: steps to one loss.",
+        "in one run on one thread; above 1, ours is faster. For LoRA: steps to one loss. For an edit: the",
+        "unedited pass over the edited one; at 0.5 the edit makes the pass take twice as long.",
         "The range is the quartiles over the rounds, or the extremes where there were few.",
         "",
         "| work | peer | ours, ms | peer, ms | ratio (range) | aim |",
