@@ -6,7 +6,7 @@ from torch import Tensor
 
 SKETCH = 64
 """How many dimensions the choice is made in; a random projection keeps distances to a fifth there."""
-LANDMARKS = 2048
+LANDMARKS = 1024
 """How many samples the local spacing is measured against."""
 ROWS = 4096
 
@@ -45,9 +45,14 @@ def _spacing(flat: Tensor, neighbors: int, generator: torch.Generator) -> Tensor
     some = torch.randperm(total, generator=generator)[:LANDMARKS].to(flat.device)
     marks = flat[some]
     rank = max(2, min(len(marks) - 1, round(neighbors * len(marks) / total)))
-    found = [torch.cdist(part, marks).kthvalue(rank + 1, dim=1).values for part in flat.split(ROWS)]
+    # By differences: a product loses the distances within a small cluster.
+    exact = "donot_use_mm_for_euclid_dist"
+    found = [
+        torch.cdist(part, marks, compute_mode=exact).kthvalue(rank + 1, dim=1).values
+        for part in flat.split(ROWS)
+    ]
     spacing = torch.cat(found)
-    return spacing.clamp_min(max(1e-6 * float(spacing.median()), torch.finfo(torch.float32).tiny))
+    return spacing.clamp_min(max(1e-6 * float(spacing.max()), 1e-18))
 
 
 @torch.no_grad()
