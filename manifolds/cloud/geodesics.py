@@ -354,15 +354,15 @@ def _by_length(manifold: "LearnedManifold", x: Tensor, u: Tensor, steps: int) ->
 def _by_time(manifold: "LearnedManifold", x: Tensor, u: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Steps of equal time, with half a step of the metric's acceleration before and after each."""
     metric = cast("SampledMetric", manifold.metric)
-    place, pace = x, u
+    place, pace, tangent = x, u, manifold.project(x).tangent
     for _ in range(steps):
-        pace = pace + metric.acceleration(manifold, place, pace) / (2 * steps)
+        pace = pace + metric.acceleration(manifold, place, tangent, pace) / (2 * steps)
         feet = manifold.project(place + pace / steps)
         size = frobenius_norm(pace, 1, keepdim=True)
         pace = size * _turned(feet, feet.foot - place, pace)
-        place, half = feet.foot, pace
-        for _ in range(3):
-            half = pace + metric.acceleration(manifold, place, half) / (2 * steps)
+        place, tangent, half = feet.foot, feet.tangent, pace
+        for _ in range(2):
+            half = pace + metric.acceleration(manifold, place, tangent, half) / (2 * steps)
         pace = half
     return place, pace
 

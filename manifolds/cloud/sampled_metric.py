@@ -143,7 +143,11 @@ class SampledMetric(nn.Module):
         return force[:, :-1] - force[:, 1:] + drift[:, :-1] + drift[:, 1:]
 
     def acceleration(
-        self, manifold: "LearnedManifold", x: Float[Tensor, "*batch D"], u: Float[Tensor, "*batch D"]
+        self,
+        manifold: "LearnedManifold",
+        x: Float[Tensor, "*batch D"],
+        tangent: Float[Tensor, "*batch D d"],
+        u: Float[Tensor, "*batch D"],
     ) -> Float[Tensor, "*batch D"]:
         """The tangent acceleration of the geodesic of this metric through x along u.
 
@@ -151,22 +155,24 @@ class SampledMetric(nn.Module):
         """
         bend = manifold.second_fundamental_form(x, u, u)
         force = self.gradient(x, u) / 2 - self.changed(x, u) - self.product(x, bend)
-        return self.solve(manifold, x, force)
+        return self.solve(x, tangent, force)
 
     def solve(
-        self, manifold: "LearnedManifold", x: Float[Tensor, "*batch D"], covector: Float[Tensor, "*batch D"]
+        self,
+        x: Float[Tensor, "*batch D"],
+        tangent: Float[Tensor, "*batch D d"],
+        covector: Float[Tensor, "*batch D"],
     ) -> Float[Tensor, "*batch D"]:
         """The tangent vector a with ⟨v, g a⟩ = ⟨v, covector⟩ for all tangent v.
 
         Raises:
             ManifoldError: the metric is singular on the tangent space.
         """
-        tangent = manifold.project(x).tangent
         matrix = tangent.mT @ self.product(x[..., None, :], tangent.mT).mT
         factor, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
         if bool((failed != 0).any()):
             raise ManifoldError(
-                f"{manifold.name}: the metric is singular in {int((failed != 0).sum())} of {failed.numel()} "
+                f"SampledMetric: the metric is singular in {int((failed != 0).sum())} of {failed.numel()} "
                 "tangent spaces; give SampledMetric the argument damping, which adds ε⟨u, v⟩"
             )
         right = tangent.mT @ covector.expand(x.shape)[..., None]
