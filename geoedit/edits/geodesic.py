@@ -146,7 +146,7 @@ class GeodesicSteer(ManifoldEdit, kind="geodesic-steer"):
         at.note("the foot of the state is that of the target", near)
         if isinstance(self.manifold, LearnedManifold):
             path = self.manifold.geodesic(feet.points, ends, points=self.points)
-            points = _on_path(self.manifold, path, at.scale)
+            points = on_path(self.manifold, path, at.scale)
         else:
             toward = self.manifold.logmap(feet.points, ends)
             at.note(
@@ -158,7 +158,7 @@ class GeodesicSteer(ManifoldEdit, kind="geodesic-steer"):
         return points, near | lost(at.scale * size_of(ends - feet.points)[:, None], feet.points)
 
 
-def _on_path(
+def on_path(
     manifold: LearnedManifold, path: Float[Tensor, "some points width"], scale: float | int | Tensor
 ) -> Float[Tensor, "some width"]:
     """Where one is after a share of a path of equal steps; before its start and past its end, by exp.
