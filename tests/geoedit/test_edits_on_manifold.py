@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import manifolds
+from geoedit import collect, testbeds
 from geoedit.edits import ActivationEdit, GeodesicSteer, LinearSteer, Patch, Selected, TangentSteer
 from geoedit.errors import EditError
 from geoedit.site import Site
+from geoedit.tokens import spellings
 from manifolds.cloud.learned import LearnedManifold, Projection
 
 WIDTH = 32
@@ -239,6 +241,54 @@ def test_manifolds_of_geoopt(manifold, shared_gpt2) -> None:
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
     after = read_edited(shared_gpt2, GeodesicSteer(SITE, manifold, V, residual="drop"))[:, -1]
     torch.testing.assert_close(after, manifold.projx(V).expand_as(after), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("learned", ["path", "cloud"])
+def test_on_a_circle_that_was_learned(learned, shared_gpt2) -> None:
+    """What was fitted to samples of the ring does what the ring does in closed form."""
+    circle = ring()
+    count = 240
+    points = circle.at(torch.arange(count) * (2 * math.pi / count))
+    if learned == "path":
+        found: LearnedManifold = manifolds.PathCloud.fit(points, torch.arange(count) // 10)
+        circle.centre = points.reshape(24, 10, -1).mean(1).mean(0)
+        radius = float((points.reshape(24, 10, -1).mean(1) - circle.centre).norm(dim=1).mean())
+    else:
+        found, radius = manifolds.PointCloud.fit(points, dim=1, neighbors=12), RADIUS
+    for make in (
+        lambda m, part: TangentSteer(SITE, m, V, scale=0.2 * part, residual="drop"),
+        lambda m, part: GeodesicSteer(SITE, m, W, scale=0.3, residual="drop"),
+        lambda m, part: GeodesicSteer(SITE, m, W, scale=torch.tensor([0.5, 1.1, -0.2]), residual="drop"),
+        lambda m, part: GeodesicSteer(SITE, m, direction=V, length=part, residual="drop"),
+    ):
+        exact = circle.angle(read_edited(shared_gpt2, make(circle, 1.0))[:, -1])
+        angle = circle.angle(read_edited(shared_gpt2, make(found, radius / RADIUS))[:, -1])
+        turn = torch.remainder(angle - exact + math.pi, 2 * math.pi) - math.pi
+        torch.testing.assert_close(turn, torch.zeros(3), rtol=0, atol=1e-2)
+
+
+def test_the_almanac_says_what_the_target_says() -> None:
+    """Sentences about March, their states moved along the months to June, are answered as if about June."""
+    model, tokenizer, world = testbeds.load("almanac-gpt2")
+    months = world.concepts["months"]
+    prompts = months.prompts()
+    site = Site(2, token="value")
+    acts = collect(model, tokenizer, prompts, site)
+    path = manifolds.PathCloud.fit(acts[site], torch.tensor([months.index(p.value) for p in prompts]))
+    ids = spellings(tokenizer, months.values)
+    march, june = ([p for p in prompts if p.value == month] for month in ("March", "June"))
+    said = {}
+    for residual in ("keep", "drop"):
+        edit = GeodesicSteer.to_value(
+            acts, "June", site=site, manifold=path, value_ids=ids, residual=residual
+        )
+        assert edit.fingerprint is not None
+        inputs = tokenizer([p.text for p in march], return_tensors="pt", padding=True)
+        last = inputs.attention_mask.sum(1) - 1
+        with torch.no_grad(), edit.on(model):
+            logits = model(**inputs).logits
+        said[residual] = logits[torch.arange(len(march)), last].argmax(-1).tolist()
+    assert said["keep"] == said["drop"] == [p.answer_ids(tokenizer)[0] for p in june]
 
 
 # The edits as edits.
