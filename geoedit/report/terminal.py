@@ -41,6 +41,31 @@ def site_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
+def geometry_table(diagnosis: Diagnosis) -> Table:
+    """Return a line a site: how the concept's manifold bends, how far vectors may be pushed, and the advice.
+
+    A curvature that is not reliable is not shown; the ranges are those of the scales between which half of
+    the edits of a kind are expected to succeed.
+    """
+    table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("site", no_wrap=True)
+    table.add_column("dim", justify="right", no_wrap=True)
+    table.add_column("radius", justify="right", no_wrap=True)
+    kinds = list(dict.fromkeys(diagnosis.table["edit"]))
+    for kind in kinds:
+        table.add_column(f"{SHORT.get(kind, kind)}\nscales", justify="right", no_wrap=True)
+    table.add_column("advice", no_wrap=True)
+    for site in diagnosis.sites:
+        found = site.geometry
+        size = (found.get("dimension") or {}).get("value")
+        radius = found.get("radius") if found.get("reliable") else None
+        cells = [site.label, *("–" if number is None else f"{number:.3g}" for number in (size, radius))]
+        lows, highs = found.get("safe_low") or {}, found.get("safe_scale") or {}
+        cells += [_range(lows.get(kind), highs.get(kind)) for kind in kinds]
+        table.add_row(*cells, str(found.get("advice") or "–").partition(":")[0])
+    return table
+
+
 def predictor_table(diagnosis: Diagnosis) -> Table:
     """Return one line a predictor: its AUROC over all sites, and its mean within the sites that have one."""
     table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
@@ -85,6 +110,14 @@ def _interval(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{_number(value)} ({_number(low)}–{_number(high)})"
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if high is None:
+        return "–"
+    if high <= 0:
+        return "none"
+    return f"{low:.2g}–{high:.2g}" if low is not None else f"to {high:.2g}"
 
 
 def _percent(rate: float) -> str:

@@ -46,7 +46,7 @@ class Browser:
         )  # fmt: skip
         os.close(command_in)
         os.close(answer_out)
-        self.count, self.rest, self.events = 0, b"", []
+        self.count, self.rest, self.events, self.front = 0, b"", [], None
 
     def send(self, method, session=None, **parameters):
         """Send a command and return its result; events that come before it are kept."""
@@ -81,6 +81,7 @@ class Browser:
 
     def close(self):
         """End the browser and whatever it started."""
+        self.send("Browser.close")
         os.close(self.command)
         os.close(self.answers)
         try:
@@ -109,6 +110,10 @@ class Page:
         self.wait("document.body?.dataset.ready === 'true'")
 
     def send(self, method, **parameters):
+        """Send a command to this page, which must be in front to be touched: others draw no frames."""
+        if self.browser.front != self.session:
+            self.browser.front = self.session
+            self.browser.send("Page.bringToFront", self.session)
         return self.browser.send(method, self.session, **parameters)
 
     def run(self, script):

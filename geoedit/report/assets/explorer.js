@@ -82,7 +82,7 @@ const explorer = (() => {
     const placed = means.map((point, i) => [...camera.place(point), i]).sort((a, b) => b[2] - a[2]);
     for (const [x, y, depth, i] of placed) {
       const radius = (values.length > 40 ? 3 : 5.5) * (1.15 - 0.35 * depth);
-      still.append(shape("circle", { cx: x, cy: y, r: radius, fill: hue(i), class: "mean" }));
+      still.append(shape("circle", { cx: x, cy: y, r: radius, fill: hue(i), class: "mean", "data-value": i }));
       labels.avoid(x, y, radius);
     }
     const first = sweep ? [sweep.source, sweep.target_value] : [];
@@ -306,6 +306,8 @@ const explorer = (() => {
       node.addEventListener("pointercancel", stop, { once: true });
     });
   }
+  // A finger on the handle drags it; the page must not take the same finger for scrolling.
+  handle.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
   onDrag(handle, (event) => {
     if (!sweep) return null;
     const [a, b] = sweep.path.map((point) => camera.place(point)), low = sweep.scales[0];
