@@ -1,0 +1,1 @@
+"""Does curvature predict where straight edits fail? `python -m experiments.curvature_predicts_editing` asks."""
