@@ -118,7 +118,7 @@ def _diagnose(
     quiet: bool,
 ) -> None:
     from geoedit.diagnosis import diagnose as run
-    from geoedit.report import predictor_table, site_table, verdict
+    from geoedit.report import geometry_table, predictor_table, site_table, verdict
 
     _writable(out)
     chosen = None if sites is None else [read_site(part) for part in sites.split(",")]
@@ -147,6 +147,7 @@ def _diagnose(
     console = Console()
     words = verdict(found)
     console.print(site_table(found))
+    console.print(geometry_table(found))
     if found.applied:
         console.print(predictor_table(found))
     console.print()

@@ -60,20 +60,23 @@ def advise(facts: Facts) -> tuple[str, str]:
     """Return the advice and its reason, by the rules of this module."""
     arrives = facts.probability >= EVEN
     somewhere = arrives or facts.safe_high > 0
-    off = f"its end is {facts.off_relative:.2g} times the manifold's noise off the manifold"
     if not somewhere and not facts.own_means:
         return _elsewhere(facts)
+    off = f"it would end off the manifold, by {facts.off_relative:.2g} times its noise"
     if arrives and not facts.off_relative > NOISE:
-        known = "the manifold is not known here" if math.isnan(facts.off_relative) else off
-        return LINEAR, f"expected to arrive ({facts.probability:.0%}), and {known}"
+        end = (
+            "where no manifold is known" if math.isnan(facts.off_relative) else "on the manifold to its noise"
+        )
+        return LINEAR, f"expected to arrive ({facts.probability:.0%}), {end}"
     if facts.off_relative > NOISE:
         if facts.turn <= RADIAN:
             return (
                 TANGENT,
-                f"{off}, which turns by {facts.turn:.2g} rad over the vector: one tangent step holds",
+                f"{off}; over the vector that turns by {facts.turn:.2g} rad, which one step follows",
             )
-        turns = "nobody knows how far" if math.isnan(facts.turn) else f"by {facts.turn:.2g} rad"
-        return GEODESIC, f"{off}, which turns {turns} over the vector"
+        if math.isnan(facts.turn):
+            return GEODESIC, f"{off}, whose curvature is not known"
+        return GEODESIC, f"{off}, which turns by {facts.turn:.2g} rad over the vector"
     if facts.safe_high > 0:
         return LINEAR, f"expected to arrive at scales from {facts.safe_low:.2g} to {facts.safe_high:.2g}"
     return LINEAR, "with the difference of the two values' own means, which is expected to arrive"
@@ -120,8 +123,8 @@ def known_facts(
 def site_advice(sites: Sequence[SiteSummary], table: pd.DataFrame) -> tuple[SiteSummary, ...]:
     """Write into each site's geometry its safe scales (the medians of each kind of edit) and the advice.
 
-    The advice of a site is that for the mean differences of all pairs of values together; where that for
-    reused vectors is another one, the reason says so.
+    The advice of a site is that for the mean differences of all pairs of values together, at the likeliest
+    of the scales that were judged; where that for reused vectors is another one, the reason says so.
     """
     found = []
     differences = table[table["edit"] == MEAN_DIFFERENCE]
@@ -133,7 +136,7 @@ def site_advice(sites: Sequence[SiteSummary], table: pd.DataFrame) -> tuple[Site
         advice, reason = said.get(MEAN_DIFFERENCE) or next(iter(said.values()))
         for kind, (word, why) in said.items():
             if word != advice:
-                reason += f"; for a {kind} {word}: {why}"
+                reason += f"; for {kind}s {word}: {why}"
         scales = {
             name: {kind: _or_none(_median(rows, column)) for kind, rows in kinds.items()}
             for name, column in (("safe_scale", "safe_scale"), ("safe_low", "safe_low"))
@@ -141,6 +144,11 @@ def site_advice(sites: Sequence[SiteSummary], table: pd.DataFrame) -> tuple[Site
         geometry = {**site.geometry, **scales, "advice": advice, "advice_reason": reason}
         found.append(replace(site, geometry=geometry))
     return tuple(found)
+
+
+def _likeliest(rows: pd.DataFrame) -> pd.DataFrame:
+    """The edits of the scale at which most are expected to arrive."""
+    return rows[rows["scale"] == rows.groupby("scale", sort=False)["probability"].mean().idxmax()]
 
 
 def _median(rows: pd.DataFrame, column: str) -> float:

@@ -238,5 +238,5 @@ def _nearness(
     along = way @ states.mT - (way * start).sum(1, keepdim=True)
     share = (along / torch.where(length > 0, length, 1.0)).clamp(0, 1)
     squared = torch.cdist(start, states).square() - 2 * share * along + share.square() * length
-    scale = squared.amax(1, keepdim=True).clamp_min(torch.finfo(states.dtype).tiny)
+    scale = torch.maximum(squared.amax(1, keepdim=True), length).clamp_min(torch.finfo(states.dtype).eps ** 2)
     return 1 / (squared.clamp_min(0) + FLOOR * scale)

@@ -23,6 +23,10 @@ READS = (1, 2)
 GEOMETRY = ("off_manifold", "off_distance", "off_relative", "off_visible", "safe_low", "safe_scale")
 """Columns of the table that version 1 did not have; NaN where a number is not known."""
 ALL_SITES = "all sites"
+FEATURE = "feature_"
+"""Begins the names of the columns that the probability is made of."""
+DIGITS = 5
+"""How many digits of them a file holds."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,10 @@ class Diagnosis:
             far off the concept's manifold the edit ends, by its second fundamental form and by projection, in
             units of the state), off_relative (the latter over the manifold's noise), off_visible (what the
             rest of the network sees of it); safe_low and safe_scale (the scales between which the edit is
-            expected to succeed); and when the edits were run: success, answer, log_odds_change (nats), else
-            missing.
-        predictors: what the predictor columns hold; the first is the one that gives `probability`.
+            expected to succeed); feature_… (what the probability is made of, see
+            `geoedit.diagnosis.features`); and when the edits were run: success, answer, log_odds_change
+            (nats), else missing.
+        predictors: what the predictor columns hold; the first is the default.
         settings: what was asked and how it was run. versions: of the libraries. notes: what a reader must
             know.
         sweeps: a few edits followed over many scales, as `geoedit.diagnosis.sweeps.sweep_results` gives them.
@@ -259,7 +264,7 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Give everything as plain JSON values; missing numbers are None."""
         columns = {
-            name: [_plain(entry) for entry in column]
+            name: [_short(entry) if name.startswith(FEATURE) else _plain(entry) for entry in column]
             for name, column in self.table.astype(object).to_dict("list").items()
         }
         summary = {
@@ -359,6 +364,8 @@ def _typed(table: pd.DataFrame, predictors: tuple[Predictor, ...]) -> pd.DataFra
         *GEOMETRY,
     ):
         table[column] = table[column].astype("float64") if column in table else np.nan
+    for column in (name for name in table if name.startswith(FEATURE)):
+        table[column] = table[column].astype("float64")
     table["success"] = table["success"].astype("boolean")
     return table
 
@@ -384,6 +391,10 @@ def _geometry_row(site: SiteSummary) -> dict[str, Any]:
     return {
         name: float("nan") if value is None and name not in words else value for name, value in row.items()
     }
+
+
+def _short(number: float) -> float | None:
+    return float(f"{number:.{DIGITS}g}") if np.isfinite(number) else None
 
 
 def _plain(value: Any) -> Any:

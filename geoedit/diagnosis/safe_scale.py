@@ -15,7 +15,7 @@ GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """The scales that are looked at."""
 EVEN = 0.5
 """The probability from which an edit is expected to succeed."""
-MOST = 240
+MOST = 288
 """For how many edits, each kind getting its share."""
 
 

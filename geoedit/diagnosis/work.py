@@ -18,8 +18,10 @@ from geoedit.anatomy import Location
 from geoedit.concept import Concept, Prompt
 from geoedit.diagnosis.calibrate import probability
 from geoedit.diagnosis.derivatives import derive
+from geoedit.diagnosis.features import edit_features
 from geoedit.diagnosis.geometry import Shape, learn_shape
 from geoedit.diagnosis.observe import Observed, observe
+from geoedit.diagnosis.odds import Odds
 from geoedit.diagnosis.off_manifold import off_columns
 from geoedit.diagnosis.plan import Plan, PlannedEdit
 from geoedit.diagnosis.predict import (
@@ -33,7 +35,7 @@ from geoedit.diagnosis.predict import (
     shifts,
 )
 from geoedit.diagnosis.readouts import Readouts
-from geoedit.diagnosis.result import Predictor, SiteSummary
+from geoedit.diagnosis.result import FEATURE, Predictor, SiteSummary
 from geoedit.diagnosis.safe_scale import GRID, Scaled, safe_interval
 from geoedit.diagnosis.straightness import functional_curvature, sample_edits
 from geoedit.diagnosis.sweeps import Sweep, follow, sweep_results, sweep_runs, swept_edits
@@ -69,7 +71,9 @@ class Work:
     batch_size: int
     progress: bool | None
     shapes: dict[Site, Shape] = field(default_factory=dict)
+    odds: Odds = field(default_factory=Odds.load)
     off: dict[Site, dict[str, Float[Tensor, " edits"]]] = field(default_factory=dict)
+    features: dict[Site, dict[str, Float[Tensor, " edits"]]] = field(default_factory=dict)
 
     @property
     def mask_token(self) -> int | None:
@@ -108,6 +112,9 @@ class Work:
                     )
                     found[site] = predict(self.states[site], self.means[site], gradients, rows, self.edits)
                     available = predictors(gradients)
+                    self.features[site] = edit_features(
+                        self.states[site], self.means[site], gradients, rows, self.edits
+                    )
                     self.look_at_shape(site, gradients)
         return found, available
 
@@ -230,9 +237,10 @@ class Work:
             "to_value": [values[edit.to_value] for edit in edits],
             "scale": [edit.scale for edit in edits],
             **{column: numbers.double().numpy() for column, numbers in predictions.columns.items()},
-            "probability": probability(predictions.columns[default.column].double().numpy(), default.column),
+            "probability": self.chances(site, predictions.columns[default.column], default),
             "nearest": rivals,
             **{column: _padded(numbers, len(edits)) for column, numbers in self.off[site].items()},
+            **{f"{FEATURE}{name}": numbers.numpy() for name, numbers in self.features[site].items()},
             "success": [pd.NA] * len(edits),
             "answer": [None] * len(edits),
             "log_odds_change": [float("nan")] * len(edits),
@@ -245,6 +253,16 @@ class Work:
             change = observed.log_odds.double() - self.readouts.wanted_odds(self.edits)[run].double()
             columns["log_odds_change"][run] = change.tolist()
         return pd.DataFrame(columns).astype({"success": "boolean"})
+
+    def chances(
+        self, site: Site, margin: Float[Tensor, " edits"], default: Predictor
+    ) -> Float[np.ndarray, " edits"]:
+        """The probability that each edit succeeds: the learned odds of its features.
+
+        Where the features that these need are not known, it is a fixed logistic of the default margin.
+        """
+        learned = self.odds.probability(self.features[site]).double().numpy()
+        return np.where(np.isnan(learned), probability(margin.double().numpy(), default.column), learned)
 
     def planned(self, table: pd.DataFrame) -> pd.DataFrame:
         """The plan's edits of a site's table, with the scales up to which each is expected to succeed."""
