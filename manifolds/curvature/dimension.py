@@ -17,6 +17,10 @@ ELBOW_FLOOR = 0.02
 """Variances are compared after adding this share of the largest: what is smaller makes no elbow."""
 DISCARDED = 0.1
 """The share of the largest distance ratios that TwoNN leaves out; they come from outliers and edges."""
+TINIEST, LARGEST = 1e-12, 1e12
+"""Extents between these have squares that single precision holds."""
+VANISHING = 1e-9
+"""Logarithms of ratios of distances below this are rounding."""
 METHODS = ("local_pca", "twonn", "mle")
 
 
@@ -32,7 +36,8 @@ class Dimension:
             neighbours, too, and the two are extrapolated with the exponent 1/d by which edges enter, the
             slowest. Where it is wide, nothing is known.
         high: the upper end.
-        pointwise: the dimension around each point.
+        pointwise: the dimension around each point; NaN where its neighbours are all equally far, as they are
+            from a far outlier.
         method: how it was found.
     """
 
@@ -82,8 +87,10 @@ def intrinsic_dimension(
     if neighbors < 3:
         raise ManifoldError(f"{NAME}: neighbors is {neighbors}; take 3 or more")
     wide = points if points.dtype in (torch.float32, torch.float64) else points.float()
+    kept = _in_range(wide)
     if method == "local_pca":
-        return _local_pca(wide, neighbors)
+        return _local_pca(kept, neighbors, extreme=kept is not wide, kind=points.dtype)
+    wide = kept
     distinct = torch.unique(wide, dim=0)
     if len(distinct) < len(wide):
         _, place = torch.unique(wide, dim=0, return_inverse=True)
@@ -102,14 +109,36 @@ def intrinsic_dimension(
     return Dimension(value, low, high, pointwise[place].to(points.dtype), method)
 
 
-def _local_pca(points: Tensor, neighbors: int) -> Dimension:
+def _in_range(points: Tensor) -> Tensor:
+    """The points, or, where squares of them would leave the range, in double precision and other units.
+
+    The unit is then the median extent of a point from the median of all, and what lies 1e100 of them out is
+    drawn in to that: it stays the farthest.
+    """
+    centre = points.median(0).values
+    extent = (points - centre).abs().amax(1)
+    most = float(extent.max())
+    if most == 0 or TINIEST < most < LARGEST:
+        return points
+    wide = points.double() - centre.double()
+    extent = wide.abs().amax(1)
+    unit = extent.median()
+    unit = torch.where(unit > 0, unit, extent.max())
+    return (wide / unit).clamp(-1e100, 1e100)
+
+
+def _local_pca(points: Tensor, neighbors: int, *, extreme: bool, kind: torch.dtype) -> Dimension:
     """The largest drop among the variances of each neighbourhood."""
     search = Search(points, None, neighbors, NAME)
     parts = []
     for block in search.blocks():
         count, ambient = block.order.shape[1], points.shape[1]
         # The differences are exact; for an elbow, single precision is enough from here on.
-        rows = block.between.float()
+        rows = block.between
+        if extreme:
+            rows = rows / block.distances[:, -1:, None].clamp_min(1e-300)
+            rows = rows.clamp(-1, 1)
+        rows = rows.float()
         if count < ambient:
             which = torch.arange(len(rows), device=rows.device)[:, None, None]
             gram = (rows @ rows.mT)[which, block.order[:, :, None], block.order[:, None]]
@@ -122,7 +151,7 @@ def _local_pca(points: Tensor, neighbors: int) -> Dimension:
         trace = gram.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(torch.finfo(gram.dtype).tiny)
         variances = torch.linalg.eigvalsh(gram / trace[:, None, None]).flip(-1).clamp_min(0)
         parts.append(elbow(variances[:, : min(count - 1, ambient)]))
-    pointwise = torch.cat(parts).to(points.dtype)
+    pointwise = torch.cat(parts).to(kind)
     low, value, high = torch.quantile(
         pointwise.double(), pointwise.new_tensor([0.05, 0.5, 0.95]).double(), interpolation="nearest"
     ).tolist()
@@ -143,14 +172,21 @@ def _twonn(points: Tensor, distances: Tensor, indices: Tensor) -> tuple[float, f
     """Censored maximum likelihood of the Pareto law of the ratio of the first two distances."""
     logs = (distances[:, 1] / distances[:, 0]).log()
     value, kept = _pareto(logs)
-    half = Search(points[::2].contiguous(), None, 2, NAME)
+    if value < 0.5:
+        raise ManifoldError(
+            f"{NAME}: the nearest neighbours are so much nearer than the second ones that twonn would give "
+            f"{value:.2g}; many points are nearly the same: keep one of each"
+        )
+    # Half of the points in an order that is not theirs: copies of a point often stand at even distances.
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).to(points.device)
+    half = Search(points[order[: len(points) // 2]], None, 2, NAME)
     thin = torch.cat([block.distances.double() for block in half.blocks()])
     coarse, _ = _pareto((thin[:, 1] / thin[:, 0]).log())
     drift = abs(value - coarse) / (2 ** (1 / value) - 1)
     # A point and its neighbour share distances: about half of the ratios are independent.
     low, high = (value * float(gamma.ppf(q, kept / 2)) / (kept / 2) for q in (0.025, 0.975))
     around = torch.cat([logs[:, None], logs[indices]], 1)
-    pointwise = (around.shape[1] - 1) / around.sum(1).clamp_min(1e-300)
+    pointwise = _inverse(around.sum(1) / (around.shape[1] - 1))
     return value, max(0.0, low - drift), high + drift, pointwise
 
 
@@ -158,8 +194,13 @@ def _pareto(logs: Tensor) -> tuple[float, int]:
     """The exponent, and how many ratios were not censored."""
     ordered = logs.sort().values
     kept = max(2, math.ceil(len(ordered) * (1 - DISCARDED)))
-    total = ordered[:kept].sum() + (len(ordered) - kept) * ordered[kept - 1]
-    return kept / max(float(total), 1e-300), kept
+    total = float(ordered[:kept].sum() + (len(ordered) - kept) * ordered[kept - 1])
+    if total <= VANISHING * kept:
+        raise ManifoldError(
+            f"{NAME}: nearly every point has its two nearest neighbours equally far, as on a grid; "
+            "twonn reads the dimension from the ratio of these distances: take method='local_pca'"
+        )
+    return kept / total, kept
 
 
 def _mle(points: Tensor, distances: Tensor, indices: Tensor) -> tuple[float, float, float, Tensor]:
@@ -177,4 +218,9 @@ def _mle(points: Tensor, distances: Tensor, indices: Tensor) -> tuple[float, flo
     # Neighbourhoods overlap; about n/k of them are independent, each with k − 1 distances.
     error = 1.96 * value / math.sqrt(max(1.0, len(points) / count) * (count - 1))
     drift = abs(value - near) / (1 - (small / count) ** (1 / value)) if small < count else 0.0
-    return value, max(0.0, value - error - drift), value + error + drift, 1 / each.clamp_min(1e-300)
+    return value, max(0.0, value - error - drift), value + error + drift, _inverse(each)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """1 / values; NaN where they vanish, for the distances say nothing there."""
+    return torch.where(values > VANISHING, 1 / values.clamp_min(VANISHING), torch.nan)

@@ -40,6 +40,9 @@ RELIABLE = 1.0
 """The signal-to-noise ratio from which an estimate is given: curvature shows as much as error does."""
 UNCERTAIN = 1 / 3
 """The standard error up to which it is given, as a share of what is estimated."""
+STRAY = 5.0
+"""A base point that is farther from what its neighbours predict for it than this many times their own root
+mean square distance from the fit has left the manifold."""
 RESOLVED = 1e-5
 """Where the error is below this share of the neighbourhood's radius, a curvature of zero is known too."""
 
@@ -57,6 +60,8 @@ class QuadraticFit:
         displacement_noise: that variance.
         noise: the variance of a point that is noise and not misfit, over all normal directions.
         singular: whether the regressors are dependent.
+        stray: how far the base point is from the fit of its neighbours alone, in root mean square distances
+            of theirs; 0 where both are rounding, or the base is no point of the sample.
     """
 
     tangent: Float[Tensor, "b r d"]
@@ -67,6 +72,7 @@ class QuadraticFit:
     displacement_noise: Float[Tensor, "b"]
     noise: Float[Tensor, "b"]
     singular: Bool[Tensor, "b"]
+    stray: Float[Tensor, "b"]
 
 
 def pairs(dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -114,7 +120,22 @@ def fit_quadratic(neighbourhood: Span, dim: int, *, anchored: bool) -> Quadratic
         displacement_noise=torch.maximum(spread, at_least).maximum(floor),
         noise=noise,
         singular=fit.singular,
+        stray=_stray(fit, effective, neighbourhood) if anchored else torch.zeros_like(noise),
     )
+
+
+def _stray(fit: "Solution", effective: Tensor, neighbourhood: Span) -> Tensor:
+    """The distance of the base from its prediction by the others, over theirs from the fit without it.
+
+    Leaving row 0 out changes the residual of row i by hᵢ₀ r₀ / (1 − h₀₀), with h the hat matrix.
+    """
+    hat = fit.design @ fit.weights[:, :, :1]
+    left_out = fit.residual[:, :1] / (1 - hat[:, :1]).clamp_min(1e-9)
+    free = (effective - 1 - fit.design.shape[-1]).clamp_min(1)
+    scatter = _total(fit.residual[:, 1:] + hat[:, 1:] * left_out) / free + neighbourhood.outside
+    distance = _total(left_out) / fit.design[:, 0, 0] ** 2
+    seen = distance > RESOLVED**2 * neighbourhood.squares.mean(1)
+    return torch.where(seen, distance / scatter.clamp_min(1e-300), 0.0).sqrt()
 
 
 def chord_factors(tangential: Float[Tensor, "b m d"], squares: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:

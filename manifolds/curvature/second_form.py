@@ -9,15 +9,27 @@ from torch import Tensor
 
 from manifolds.cloud.neighbours import Block, Search, check_points
 from manifolds.curvature.along import fit_tangent, form_along
-from manifolds.curvature.regression import RESOLVED, fit_quadratic, pairs, rows_in_use, trusted, unknowns
+from manifolds.curvature.regression import (
+    RESOLVED,
+    STRAY,
+    fit_quadratic,
+    pairs,
+    rows_in_use,
+    trusted,
+    unknowns,
+)
 from manifolds.curvature.span import span
 from manifolds.errors import ManifoldError
 
 OUTSIDE = 3.0
 """How far, in root mean square radii of its neighbours, a point may lie from their mean."""
 BLOCK_ELEMENTS = 2**21
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Extents between these have squares that single precision holds."""
 NAME = "second_fundamental_form"
-NOISY, FLAT, FEW, ALONE, SAME = range(1, 6)
+NOISY, FLAT, FEW, ALONE, SAME, OFF = range(1, 7)
+LOST = (FLAT, ALONE, SAME, OFF)
+"""Where not even one direction is estimated."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class SecondFundamentalForm:
     _points: Float[Tensor, "n D"]
     _queries: Float[Tensor, "b D"]
     _anchored: bool
+    _lost: Bool[Tensor, "b"]
 
     def __call__(self, u: Float[Tensor, "*#one D"], v: Float[Tensor, "*#one D"]) -> Float[Tensor, "b D"]:
         """II(u, v) at each point, for one direction each or one for all."""
@@ -91,7 +104,8 @@ class SecondFundamentalForm:
         The neighbours' normal parts are explained by ½|y|² cos²φ II(v̂, v̂) + ½|y|² sin²φ II̅, where φ is
         the angle from v̂ and II̅ the mean over the directions across: two unknowns instead of d (d+1)/2,
         exact on spheres. Where the whole form has the smaller variance in this direction, it is taken from
-        there. The length is cleared of the noise. Scales with |v|². NaN where noise drowns the curvature.
+        there. The length is cleared of the noise. Scales with |v|². NaN where noise drowns the curvature, and
+        where the point lies off the manifold of its neighbours or these do not spread over its dimensions.
 
         Args:
             v: one direction for each point, or one for all; its tangential part counts.
@@ -117,8 +131,10 @@ class SecondFundamentalForm:
         # Where v runs straight on a curved manifold, zero is a finding: what is across it is signal too.
         ratio = ((torch.maximum(power, across) - variance) / variance).clamp_min(0).sqrt()
         sure = trusted(ratio, values.shape[1] - unit.shape[1]) | (variance * radius <= RESOLVED**2)
+        sure &= ~self._lost
         shrink = (1 - variance / power.clamp_min(1e-300)).clamp_min(0).sqrt()
-        return torch.where(sure[:, None], values * (shrink[:, None] * length**2), torch.nan).to(v)
+        values = torch.where(sure[:, None], values * (shrink[:, None] * length**2), torch.nan)
+        return _narrowed(values, v.dtype)
 
     def _components(self, left: Tensor, right: Tensor) -> Tensor:
         """II of two directions in tangent coordinates, on the basis `normal`."""
@@ -176,7 +192,7 @@ def second_fundamental_form(
     if at is not None and not isinstance(at, Tensor):
         at = torch.tensor(list(at), dtype=torch.long, device=points.device)
     _check(points, dim, neighbors)
-    wide = points if points.dtype in (torch.float32, torch.float64) else points.float()
+    wide = _widened(points)
     search = Search(wide, at, neighbors, NAME)
     anchored = search.own is not None
     rows = max(1, BLOCK_ELEMENTS // ((neighbors + 1) * max(unknowns(dim), points.shape[1])))
@@ -191,10 +207,10 @@ def second_fundamental_form(
     return SecondFundamentalForm(
         tangent=tangent.to(kind),
         normal=normal.to(kind),
-        coefficients=coefficients.to(kind),
-        mean_curvature=mean.to(kind),
-        scalar=scalar.to(kind),
-        sectional=(scalar / planes if planes else torch.full_like(scalar, torch.nan)).to(kind),
+        coefficients=_narrowed(coefficients, kind),
+        mean_curvature=_narrowed(mean, kind),
+        scalar=_narrowed(scalar, kind),
+        sectional=_narrowed(scalar / planes if planes else torch.full_like(scalar, torch.nan), kind),
         snr=snr.to(kind),
         reliable=reliable,
         reason=[
@@ -207,7 +223,31 @@ def second_fundamental_form(
         _points=wide,
         _queries=search.queries,
         _anchored=anchored,
+        _lost=torch.isin(state, torch.tensor(LOST, device=state.device)),
     )
+
+
+def _widened(points: Tensor) -> Tensor:
+    """The points in single or double precision; in double where single cannot hold squares of distances."""
+    if points.dtype in (torch.float16, torch.bfloat16):
+        return points.float()
+    if points.dtype == torch.float32:
+        low, high = points.aminmax()
+        extent = float(high) - float(low)
+        return points if not extent or SMALLEST < extent < LARGEST else points.double()
+    return points
+
+
+def _narrowed(values: Tensor, kind: torch.dtype) -> Tensor:
+    """The values in the dtype of the points; curvature that it cannot hold is refused."""
+    narrow = values.to(kind)
+    if narrow.isinf().any():
+        most = float(values[values.isfinite()].abs().max())
+        raise ManifoldError(
+            f"{NAME}: curvature of {most:.3g} is beyond what {kind} holds; give the points in larger units, "
+            "or in float64"
+        )
+    return narrow
 
 
 def _estimate(block: Block, dim: int, anchored: bool) -> tuple[Tensor, ...]:
@@ -256,6 +296,8 @@ def _estimate(block: Block, dim: int, anchored: bool) -> tuple[Tensor, ...]:
         state = torch.where(known, 0, NOISY)
         state = torch.where(fit.singular, FLAT, state)
     state = torch.where(found.offset > OUTSIDE**2 * found.spread, ALONE, state)
+    if fit is not None:
+        state = torch.where((fit.stray > STRAY) & (state != ALONE), OFF, state)
     used = rows_in_use(found, anchored=anchored).sum(1)
     needed = dim + 4 if fit is None else unknowns(dim) + 1
     state = torch.where(used < needed, SAME, state)
@@ -282,6 +324,8 @@ def _reason(state: int, ratio: float, noise: float, dim: int, neighbors: int) ->
         f"{noise:.2g} off the manifold: take more or farther neighbours",
         FLAT: f"the neighbours do not spread over {dim} dimensions: take a lower dim, or drop duplicates",
         ALONE: "the point lies far outside of its neighbours",
+        OFF: "the point lies off the manifold of its neighbours, by many times their scatter: leave it out, "
+        "or ask for it as a place, whose foot counts",
         SAME: "too many of the neighbours are duplicates: keep one of each, or take more",
     }[state]
 
