@@ -98,9 +98,9 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
     def fit(
         cls,
         points: Float[Tensor, "n D"],
-        labels: Int[Tensor, "n"],
+        labels: Int[Tensor, "..."],
         *,
-        coordinates: Float[Tensor, "c q"] | Float[Tensor, "c"] | None = None,
+        coordinates: Float[Tensor, "..."] | None = None,
         closed: bool | None = None,
     ) -> "PathCloud":
         """The path through the classes of the samples.

@@ -61,8 +61,8 @@ class Classes:
 
 def fit_path(
     points: Float[Tensor, "n D"],
-    labels: Int[Tensor, "n"],
-    coordinates: Float[Tensor, "c q"] | Float[Tensor, "c"] | None,
+    labels: Int[Tensor, "..."],
+    coordinates: Float[Tensor, "..."] | None,
     closed: bool | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `PathCloud` is made of; see `PathCloud.fit`."""

@@ -1,0 +1,233 @@
+"""Paths through class means against circles, arcs, helices and spheres, brute force and autograd."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from manifolds.base import RiemannianSubmanifold
+from manifolds.cloud.path_cloud import PathCloud
+from manifolds.errors import ManifoldError
+
+DOUBLE = torch.float64
+
+
+def classes(kind: str, count: int, width: int, radius: float = 1.0, seed: int = 0) -> Tensor:
+    """Class means evenly along a curve, turned at random (count, width)."""
+    share = torch.arange(count, dtype=DOUBLE) / (count if kind == "circle" else count - 1)
+    if kind == "line":
+        points = 4 * share[:, None]
+    else:
+        angle = {"circle": 2, "arc": 1.5, "helix": 4}[kind] * math.pi * share
+        points = torch.stack([angle.cos(), angle.sin()], 1)
+        if kind == "helix":
+            points = torch.cat([points, angle[:, None] / 4], 1)
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(width, width, dtype=DOUBLE, generator=generator)).Q
+    return radius * points @ turn[: points.shape[1]]
+
+
+def samples(means: Tensor, each: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + seed)
+    labels = torch.arange(len(means)).repeat_interleave(each)
+    away = torch.randn(len(labels), means.shape[1], dtype=DOUBLE, generator=generator)
+    return means[labels] + noise * away, labels
+
+
+def sphere_patch(device: torch.device | str = "cpu") -> tuple[PathCloud, Tensor]:
+    """A patch of the unit sphere as a sheet, and its coordinates (longitude, latitude)."""
+    grid = torch.cartesian_prod(*[torch.linspace(-0.6, 0.6, 7, dtype=DOUBLE, device=device)] * 2)
+    points = torch.stack(
+        [grid[:, 0].cos() * grid[:, 1].cos(), grid[:, 0].sin() * grid[:, 1].cos(), grid[:, 1].sin()], 1
+    )
+    return PathCloud.fit(points, torch.arange(49, device=device), coordinates=grid), grid
+
+
+@pytest.mark.parametrize("kind", ["circle", "arc", "line", "helix"])
+@pytest.mark.parametrize(
+    ("count", "width", "noise"), [(7, 3, 0.0), (7, 3, 0.2), (7, 300, 0.1), (12, 16, 0.2), (40, 3, 0.05)]
+)
+def test_open_or_closed_is_decided_from_the_samples(kind: str, count: int, width: int, noise: float) -> None:
+    path = PathCloud.fit(*samples(classes(kind, count, width), 20, noise))
+    assert path.closed == (kind == "circle")
+    assert path.closing is not None
+    assert path.closing.closed is path.closed
+
+
+def test_many_noisy_classes_are_put_together_until_the_step_can_be_told() -> None:
+    closed = PathCloud.fit(*samples(classes("circle", 60, 200), 10, 0.15))
+    open_ = PathCloud.fit(*samples(classes("arc", 60, 200), 10, 0.15))
+    assert closed.closed and not open_.closed
+
+
+def test_equidistant_classes_say_nothing_of_a_loop() -> None:
+    path = PathCloud.fit(*samples(torch.eye(7, dtype=DOUBLE), 20, 0.01))
+    assert path.closing is not None
+    assert path.closing.closed is None and path.closed is False
+    assert "equally far" in path.closing.reason
+
+
+def test_the_nearest_point_is_that_of_brute_force(device: torch.device) -> None:
+    means = classes("helix", 12, 5).to(device)
+    path = PathCloud.fit(means, torch.arange(12, device=device))
+    states = 1.5 * torch.randn(40, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)).to(device)
+    low, high = float(path.coordinates.min()), float(path.coordinates.max())
+    dense = path.at(torch.linspace(low, high, 20001, dtype=DOUBLE, device=device)[:, None])
+    found = path.project(states)
+    assert found.foot.device.type == device.type
+    best = torch.cdist(states, dense).amin(1)
+    assert (found.distance <= best + 1e-12).all()
+    assert (best - found.distance).max() < 1e-5
+    torch.testing.assert_close(path.projx(found.foot), found.foot, atol=1e-13, rtol=0)
+    torch.testing.assert_close(path.at(path.coordinate(states)), found.foot, atol=1e-13, rtol=0)
+
+
+def test_a_circle_is_a_circle() -> None:
+    path = PathCloud.fit(classes("circle", 12, 6, radius=3.0), torch.arange(12))
+    t = torch.linspace(0, path.period, 50, dtype=DOUBLE)[:, None]
+    torch.testing.assert_close(
+        path.at(t).norm(dim=-1), torch.full((50,), 3.0, dtype=DOUBLE), atol=1e-4, rtol=0
+    )
+    first, second = path.velocity(t)[..., 0], path.acceleration(t)[..., 0, 0]
+    area = (first.square().sum(1) * second.square().sum(1) - (first * second).sum(1) ** 2).sqrt()
+    torch.testing.assert_close(
+        area / first.norm(dim=1) ** 3, torch.full((50,), 1 / 3, dtype=DOUBLE), atol=1e-4, rtol=0
+    )
+    assert path.reach == pytest.approx(3.0, rel=1e-3)
+    assert path.at(t + path.period).sub(path.at(t)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("count", [12, 24])
+@pytest.mark.parametrize(("width", "noise"), [(2, 0.2), (200, 0.2)])
+def test_curvature_of_noisy_circles_within_five_percent(count: int, width: int, noise: float) -> None:
+    wrong = []
+    for seed in range(4):
+        path = PathCloud.fit(*samples(classes("circle", count, width, 2.0), 20, noise, seed), closed=True)
+        t = torch.linspace(0, path.period, 33, dtype=DOUBLE)[:-1, None]
+        found = path.curvature(t)
+        assert found.reliable.all() and found.reason == ""
+        wrong.append((found.value - 0.5) / found.standard_error)
+        assert abs(float(found.value.median()) / 0.5 - 1) < 0.05
+    assert 0.3 < float(torch.cat(wrong).square().mean().sqrt()) < 2.0
+
+
+def test_curvature_is_refused_where_the_samples_do_not_tell() -> None:
+    line = PathCloud.fit(*samples(classes("line", 30, 20), 10, 0.3))
+    found = line.curvature(line.coordinates)
+    assert not found.reliable.any() and found.value.isnan().all() and "standard errors" in found.reason
+    single = PathCloud.fit(classes("circle", 12, 4), torch.arange(12))
+    assert "two samples" in single.curvature(single.coordinates).reason
+    arc = PathCloud.fit(*samples(classes("arc", 12, 4), 10, 1e-3))
+    told = arc.curvature(arc.coordinates).reliable
+    assert not told[0] and not told[-1] and told[2:-2].all()
+
+
+def test_projection_is_differentiable_twice() -> None:
+    path = PathCloud.fit(*samples(classes("circle", 8, 4), 5, 0.05))
+    states = (1.2 * path.knots[:3] + 0.1).detach().requires_grad_()
+    assert torch.autograd.gradcheck(path.projx, (states,))
+    assert torch.autograd.gradgradcheck(path.projx, (states,))
+    sheet, _ = sphere_patch()
+    off = (1.2 * sheet.knots[[10, 24]] + 0.03).detach().requires_grad_()
+    assert torch.autograd.gradcheck(sheet.projx, (off,))
+    torch.testing.assert_close(torch.vmap(path.projx)(states), path.projx(states))
+
+
+def test_second_form_is_the_derivative_of_the_projection() -> None:
+    curve = PathCloud.fit(*samples(classes("helix", 12, 5), 5, 0.02))
+    sheet, grid = sphere_patch()
+    generator = torch.Generator().manual_seed(0)
+    for path, x in ((curve, curve.knots[3:6]), (sheet, sheet.at(grid[[16, 24, 31]] + 0.05))):
+        u, v = (path.proju(x, torch.randn(x.shape, dtype=DOUBLE, generator=generator)) for _ in "uv")
+        expected = RiemannianSubmanifold.second_fundamental_form(path, x, u, v)
+        torch.testing.assert_close(path.second_fundamental_form(x, u, v), expected, atol=1e-8, rtol=1e-8)
+
+
+def test_a_sheet_is_the_sphere_and_ends_at_its_hull() -> None:
+    sheet, grid = sphere_patch()
+    assert sheet.dim == 2 and not sheet.closed
+    inner = sheet.at(grid[24:32] * 0.7 + 0.02)
+    torch.testing.assert_close(inner.norm(dim=-1), torch.ones(8, dtype=DOUBLE), atol=2e-4, rtol=0)
+    torch.testing.assert_close(sheet.projx(1.3 * inner), inner, atol=2e-3, rtol=0)
+    u = sheet.proju(inner, torch.randn(8, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)))
+    form = sheet.second_fundamental_form(inner, u, u)
+    assert (form + inner * u.square().sum(-1, keepdim=True)).norm(dim=-1).max() < 0.05 * u.square().sum(
+        -1
+    ).max()
+    assert sheet.project(1.2 * inner).inside.all()
+    assert not bool(sheet.project(torch.tensor([0.0, 1.0, 0.0], dtype=DOUBLE)).inside)
+
+
+def test_states_beyond_an_end_are_outside() -> None:
+    path = PathCloud.fit(classes("line", 6, 3), torch.arange(6))
+    along = path.project(path.knots[0]).tangent[:, 0]
+    assert not bool(path.project(path.knots[0] - along).inside)
+    assert bool(path.project(path.knots[0] + along).inside)
+    noisy, labels = samples(classes("line", 6, 3), 50, 0.1)
+    assert PathCloud.fit(noisy, labels).project(noisy).inside.double().mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", ["circle", "arc"])
+def test_described_and_rebuilt_to_the_bit(kind: str) -> None:
+    path = PathCloud.fit(*samples(classes(kind, 9, 6), 5, 0.1))
+    values, tensors = path.describe()
+    again = PathCloud.rebuild(json.loads(json.dumps(values)), tensors)
+    states = torch.randn(10, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(again.projx(states), path.projx(states))
+    assert again.reach == path.reach and repr(again.closing) == repr(path.closing)
+    tensors.pop("knots")
+    with pytest.raises(ManifoldError, match="not whole"):
+        PathCloud.rebuild(values, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_precision_follows_the_states(dtype: torch.dtype) -> None:
+    points, labels = samples(classes("circle", 10, 8), 5, 0.05)
+    path = PathCloud.fit(points, labels)
+    found = path.project(points[:6].to(dtype))
+    assert found.foot.dtype == found.tangent.dtype == found.distance.dtype == dtype
+    limit = {torch.float32: 1e-5}.get(dtype, 2e-2)
+    torch.testing.assert_close(found.foot.double(), path.projx(points[:6]), atol=limit, rtol=limit)
+    moved = PathCloud.fit(points, labels).to(torch.float32)
+    torch.testing.assert_close(
+        moved.projx(points[:6].float()), path.projx(points[:6]).float(), atol=1e-5, rtol=0
+    )
+
+
+def test_a_far_outlier_is_left_out() -> None:
+    points, labels = samples(classes("circle", 8, 4), 10, 0.05)
+    clean = PathCloud.fit(points, labels)
+    points[13] = 1e6
+    path = PathCloud.fit(points, labels)
+    assert path.outliers.tolist() == [13] and path.closed
+    assert (path.knots - clean.knots).norm(dim=-1).max() < 0.05
+
+
+def test_bad_input_is_named() -> None:
+    points, labels = samples(classes("circle", 5, 3), 4, 0.1)
+    cases = [
+        ({"points": points.index_fill(0, torch.tensor([3]), torch.nan), "labels": labels}, "NaN"),
+        ({"points": points, "labels": labels[:-1]}, "one integer"),
+        ({"points": points, "labels": labels + (labels > 2)}, "class 3 of 6 has no sample"),
+        ({"points": points, "labels": labels - 1}, "count from 0"),
+        ({"points": points, "labels": torch.zeros_like(labels)}, "one class"),
+        ({"points": torch.ones_like(points), "labels": labels}, "same mean"),
+        ({"points": points, "labels": labels.clamp(max=1), "closed": True}, "3 classes"),
+        ({"points": points, "labels": labels, "coordinates": torch.tensor([0.0, 2, 1, 3, 4])}, "increase"),
+        ({"points": points, "labels": labels, "coordinates": torch.rand(4, 2)}, "one row"),
+        ({"points": points, "labels": labels, "coordinates": torch.ones(5, 2).cumsum(0)}, "line or a plane"),
+        (
+            {"points": points, "labels": labels, "coordinates": torch.rand(5, 2), "closed": True},
+            "only a curve",
+        ),
+    ]
+    for arguments, said in cases:
+        with pytest.raises(ManifoldError, match=said):
+            PathCloud.fit(**arguments)
+    path = PathCloud.fit(points, labels)
+    with pytest.raises(ManifoldError, match="a vector of 3"):
+        path.project(torch.ones(2, 4, dtype=DOUBLE))
+    with pytest.raises(ManifoldError, match="shape"):
+        path.at(torch.ones(2, 2, dtype=DOUBLE))
