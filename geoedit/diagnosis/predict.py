@@ -88,9 +88,14 @@ class Edits:
 
     def first(self, count: int) -> Edits:
         """The first so many of them."""
-        parts = (self.source, self.target, self.from_value, self.to_value, self.scale)
-        answer = None if self.answer is None else self.answer[:count]
-        return Edits(*(part[:count] for part in parts), answer)
+        return Edits(
+            self.source[:count],
+            self.target[:count],
+            self.from_value[:count],
+            self.to_value[:count],
+            self.scale[:count],
+            None if self.answer is None else self.answer[:count],
+        )
 
 
 @dataclass(frozen=True)

@@ -70,15 +70,16 @@ def notes(
             "The prediction interpolates between the states that the values leave in the same sentence. "
             "Far from all of them (large scales, vectors from elsewhere) it sees less than it seems to."
         )
-        found.append(
-            "The probability is a fixed logistic of the margin, set once on other concepts; how far it "
-            "holds here is shown where the edits were run, and unknown where they were not."
-        )
     else:
         found.append(
-            "These templates have no answers, so that the probability says only on which side of the rival "
-            "an edit lands: it is not calibrated, and success can't be seen."
+            "These templates have no answers, so that the margin says only on which side of the rival an "
+            "edit lands, and success can't be seen."
         )
+    found.append(
+        "The probability was learned on edits of other concepts; how far it holds here is shown where the "
+        "edits were run, and unknown where they were not."
+    )
+    found.extend(_geometry_notes(sites))
     if len(plan.edits) < plan.possible:
         found.append(
             f"Of {plan.possible} possible edits {len(plan.edits)} were drawn at random, the same at every "
@@ -99,4 +100,33 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed as a package"
+    return found
+
+
+def _geometry_notes(sites: Sequence[SiteSummary]) -> list[str]:
+    """What a reader must know of the shapes before trusting them."""
+    learned = [site.geometry for site in sites if site.geometry.get("kind")]
+    if not learned:
+        return []
+    found = [
+        "The manifold is learned from the values' own states, what each sentence adds taken out; between "
+        "the values it is interpolated, and nobody has seen it there.",
+        "Distances off the manifold are those of a value's mean state. What a state holds besides moves "
+        "along.",
+    ]
+    bent = sum(bool(geometry.get("reliable")) for geometry in learned)
+    if bent < len(learned):
+        found.append(
+            f"Curvature is known at {bent} of {len(sites)} sites. At the others, neighbouring values lie as "
+            "far off a smooth shape as they would bend on one, as values with no geometry in common do; the "
+            "number is refused and not guessed."
+        )
+    found.append(
+        "Curvature of few values is that of the coarse shape through them: on a cycle of seven, one step "
+        "turns by 51 degrees."
+    )
+    found.append(
+        "Safe scales are predicted at a few scales up to 3, in one sentence a pair of values; what lies "
+        "beyond was not looked at."
+    )
     return found
