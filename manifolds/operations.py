@@ -41,6 +41,8 @@ OPERATIONS = {
     "projx", "proju", "inner", "norm", "dist", "dist2", "logmap", "egrad2rgrad", "normal",
     *TANGENTS, *PROJECTED,
 }  # fmt: skip
+OFF_MANIFOLD = {"projx", "distance"}
+"""Operations on points that need not lie on the manifold."""
 HALF = (torch.float16, torch.bfloat16)
 OPERATION_TOLERANCE = 1e-3
 """How far off a point or a tangent may be before an operation refuses it. Coarse on purpose: finite
@@ -164,7 +166,7 @@ def _check_batches(manifold: Any, name: str, tensors: dict[str, Tensor]) -> None
 
 def _check_values(manifold: Any, name: str, tensors: dict[str, Tensor]) -> None:
     """Refuses what is not on the manifold or not tangent to it."""
-    if name == "projx":
+    if name in OFF_MANIFOLD:
         return
     tangents = TANGENTS.get(name, set()) & tensors.keys()
     _local.quiet += 1

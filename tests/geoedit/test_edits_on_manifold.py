@@ -255,6 +255,8 @@ def test_on_a_circle_that_was_learned(learned, shared_gpt2) -> None:
         radius = float((points.reshape(24, 10, -1).mean(1) - circle.centre).norm(dim=1).mean())
     else:
         found, radius = manifolds.PointCloud.fit(points, dim=1, neighbors=12), RADIUS
+    states = read(shared_gpt2)[:, -1]
+    torch.testing.assert_close(found.distance(states), circle.distance(states), rtol=1e-2, atol=1e-2)
     for make in (
         lambda m, part: TangentSteer(SITE, m, V, scale=0.2 * part, residual="drop"),
         lambda m, part: GeodesicSteer(SITE, m, W, scale=0.3, residual="drop"),
