@@ -1,4 +1,4 @@
-"""Edits followed over scales: held against edits that are really made, and against a diagnosis at one scale."""
+"""Edits followed over scales, held against edits that are really made and a diagnosis at one scale."""
 
 import json
 
