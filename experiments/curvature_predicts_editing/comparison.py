@@ -63,6 +63,7 @@ from experiments.curvature_predicts_editing.compared import (
 )
 from experiments.curvature_predicts_editing.comparison_figures import figures
 from experiments.curvature_predicts_editing.comparison_page import section
+from experiments.curvature_predicts_editing.equal_success import Sweep
 from experiments.curvature_predicts_editing.ground import Ground, survey
 from experiments.curvature_predicts_editing.laboratory import Laboratory
 from experiments.curvature_predicts_editing.measure import gated, gates, only, sweep
@@ -110,7 +111,9 @@ def run(settings: Settings | None = None) -> Result:
 
 def compare(ground: Ground, settings: Settings, carried: float) -> ComparedCell:
     """Run every edit at one site."""
-    sweeps, impossible, not_finite = {}, {}, {}
+    sweeps: dict[str, Sweep] = {}
+    impossible: dict[str, str] = {}
+    not_finite: dict[str, int] = {}
     reusable = ground.pairs.start >= 0
     tasks = {
         family: (ground.task(family == STEP, False), ground.task(family == STEP, True))

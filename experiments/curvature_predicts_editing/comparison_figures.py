@@ -60,11 +60,12 @@ def draw_sweeps(cells: Sequence[ComparedCell]) -> Figure:
                     _draw_path(place, cells, method.name, cost)
             place.set_xlabel(label, fontsize=9)
             place.set_ylim(-0.03, 1.03)
-            place.set_xscale("symlog", linthresh=0.1)
-            place.set_xlim(left=0)
+            # Straight up to 1, where real states are, and logarithmic beyond.
+            place.set_xscale("symlog", linthresh=1, linscale=1.5)
+            place.set_xlim(left=-0.03)
             place.spines[["top", "right"]].set_visible(False)
         axes[row][0].set_ylabel(f"share that succeeds\n({family})")
-        axes[row][0].legend(fontsize=8, frameon=False)
+        axes[row][0].legend(fontsize=8, frameon=False, title="filled: scale 1", title_fontsize=8)
     return figure
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -76,9 +77,10 @@ class Draws:
     weights: Float[np.ndarray, "draws pairs"]
 
     @classmethod
-    def of(cls, pairs: int, resamples: int, generator: np.random.Generator) -> Draws:
-        """Draw as many pairs as there are, `resamples` times."""
-        drawn = generator.integers(pairs, size=(resamples, pairs))
+    @lru_cache(maxsize=512)  # the same for every edit and every cost
+    def of(cls, pairs: int, resamples: int, seed: int, cell: int = 0) -> Draws:
+        """Draw as many pairs as there are, `resamples` times; each cell draws its own."""
+        drawn = np.random.default_rng([seed, cell]).integers(pairs, size=(resamples, pairs))
         indices = np.concatenate([np.arange(pairs)[None], drawn])
         weights = (indices[:, :, None] == np.arange(pairs)).mean(1)
         return cls(indices, weights)
@@ -220,8 +222,8 @@ def ratio_at_equal_success(
         return Ratio(unknown, unknown, unknown, unknown, unknown, 0, 0)
     generator = np.random.default_rng(seed)
     columns, judged_costs, against_costs = [], [], []
-    for cell in cells:
-        draws = Draws.of(len(cell.judged.success), resamples, generator)
+    for number, cell in enumerate(cells):
+        draws = Draws.of(len(cell.judged.success), resamples, seed, number)
         judged, against = costs_at_equal_success(cell, cost, draws, level=level, average=average, rule=rule)
         columns.append(_quotient(judged, against))
         judged_costs.append(judged[0])

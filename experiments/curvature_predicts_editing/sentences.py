@@ -129,7 +129,7 @@ class Sentences:
             for kept, place in zip((source, target, start, end), (a, b, c, d), strict=True):
                 kept.append(place)
         drawn = generator.choice(controls, count)
-        return Pairs(*(np.array(kept) for kept in (source, target, start, end)), drawn)
+        return Pairs(np.array(source), np.array(target), np.array(start), np.array(end), drawn)
 
     def _parallel(self, a: int, b: int, generator: np.random.Generator) -> tuple[int, int]:
         """Two prompts of the same sentence that lie as a and b do, elsewhere; -1 where there are none."""
