@@ -55,8 +55,8 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
     Example:
         >>> angle = torch.arange(120) % 12 * (torch.pi / 6)
         >>> loop = PathCloud.fit(torch.stack([angle.cos(), angle.sin()], -1), torch.arange(120) % 12)
-        >>> loop.closed, loop.projx(torch.tensor([2.0, 0.0]))
-        (True, tensor([1.0000, 0.0000]))
+        >>> loop.closed, loop.projx(torch.tensor([1.0, 1.0]))
+        (True, tensor([0.7071, 0.7071]))
     """
 
     def __init__(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
