@@ -10,6 +10,7 @@ from manifolds.checks import Check, check
 from manifolds.cloud.learned import LearnedManifold, Projection
 from manifolds.cloud.path_cloud import PathCloud
 from manifolds.cloud.point_cloud import PointCloud
+from manifolds.cloud.sampled_metric import SampledMetric
 from manifolds.entries import Entries
 from manifolds.errors import ManifoldError, MissingOperationError
 from manifolds.euclidean import Euclidean
@@ -58,6 +59,7 @@ __all__ = [
     "Projection",
     "Pullback",
     "RiemannianSubmanifold",
+    "SampledMetric",
     "Solution",
     "SpecialOrthogonal",
     "Sphere",
