@@ -132,7 +132,10 @@ def site_advice(sites: Sequence[SiteSummary], table: pd.DataFrame) -> tuple[Site
         here = table[table["site"] == site.label]
         own, others = (differences[(differences["site"] == site.label) == same] for same in (True, False))
         kinds = {str(kind): rows for kind, rows in here.groupby("edit", sort=False)}
-        said = {kind: advise(known_facts(rows, own, others, site.geometry)) for kind, rows in kinds.items()}
+        said = {
+            kind: advise(known_facts(_likeliest(rows), own, others, site.geometry))
+            for kind, rows in kinds.items()
+        }
         advice, reason = said.get(MEAN_DIFFERENCE) or next(iter(said.values()))
         for kind, (word, why) in said.items():
             if word != advice:
