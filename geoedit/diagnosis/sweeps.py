@@ -22,6 +22,7 @@ from geoedit.diagnosis.off_manifold import RESOLVED
 from geoedit.diagnosis.plan import Plan, PlannedEdit
 from manifolds import ManifoldError
 from manifolds.cloud.learned import LearnedManifold
+from manifolds.operations import unchecked
 
 GRID = 33
 """Scales at which a sweep is predicted, evenly spaced, beside those at which it is run."""
@@ -157,7 +158,8 @@ def _geodesics(
     if manifold is None:
         return [nothing] * len(start), [reason or "no manifold could be learned here"] * len(start)
     try:
-        path = manifold.geodesic(manifold.projx(start), manifold.projx(end), points=STEPS + 1)
+        with unchecked():  # what projx gives need not be its own foot to the last digit
+            path = manifold.geodesic(manifold.projx(start), manifold.projx(end), points=STEPS + 1)
     except ManifoldError as error:
         if len(start) == 1:
             return [nothing], [str(error)]
