@@ -19,7 +19,7 @@ from manifolds.cloud.neighbours import Block, Search
 from manifolds.curvature.along import fit_tangent
 from manifolds.curvature.regression import RELIABLE, fit_quadratic, pairs, rows_in_use, unknowns
 from manifolds.curvature.second_form import OUTSIDE
-from manifolds.curvature.span import Span, span
+from manifolds.curvature.span import span
 
 NAME = "PointCloud.fit"
 BLOCK_ELEMENTS = 2**21
@@ -57,12 +57,24 @@ class Charts:
 
 
 @torch.no_grad()
-def fit_charts(points: Float[Tensor, "n D"], which: Tensor, *, dim: int, neighbors: int) -> Charts:
-    """A chart at each of the named samples, fitted to its neighbours in double precision."""
+def fit_charts(
+    points: Float[Tensor, "n D"], which: Tensor, *, dim: int, neighbors: int, shape: bool = True
+) -> Charts:
+    """A chart at each of the named samples, fitted to its neighbours in double precision.
+
+    Without `shape`, `tangent` and `form`, which take the most memory, are left empty.
+    """
     search = Search(points, which, neighbors, NAME)
-    rows = max(1, BLOCK_ELEMENTS // ((neighbors + 1) * max(unknowns(dim), points.shape[1])))
-    parts = [_fit_block(block, search.queries[block.rows], dim) for block in search.blocks(rows)]
-    return Charts(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    width, count = points.shape[1], unknowns(dim)
+    size = max((neighbors + 1) * max(count, width), width * count if shape else 0)
+    fields: list[Tensor] = []
+    for block in search.blocks(max(1, BLOCK_ELEMENTS // size)):
+        found = _fit_block(block, search.queries[block.rows], dim, shape=shape)
+        if not fields:
+            fields = [each.new_empty(len(which), *each.shape[1:]) for each in found]
+        for into, each in zip(fields, found, strict=True):
+            into[block.rows] = each
+    return Charts(*fields)
 
 
 def bend(tangential: Float[Tensor, "*b m d"], form: Float[Tensor, "*b p r"]) -> Float[Tensor, "*b m r"]:
@@ -121,7 +133,7 @@ def directions(dim: int, like: Tensor) -> Float[Tensor, "e d"]:
     return torch.cat([axes, plus * 0.5**0.5, minus * 0.5**0.5])
 
 
-def _fit_block(block: Block, queries: Tensor, dim: int) -> tuple[Tensor, ...]:
+def _fit_block(block: Block, queries: Tensor, dim: int, *, shape: bool) -> tuple[Tensor, ...]:
     """The fields of `Charts` for one block of centres."""
     found = span(block.between.double(), block.order, dim)
     used = rows_in_use(found, anchored=True)
@@ -146,19 +158,22 @@ def _fit_block(block: Block, queries: Tensor, dim: int) -> tuple[Tensor, ...]:
     radius = found.squares.amax(1).sqrt()
     spacing = radius / block.order.shape[1] ** (1 / dim)
     low, high = along.amin(1) - spacing[:, None], along.amax(1) + spacing[:, None]
-    lifted = found.lift(torch.cat([tangent, form.mT, intercept[..., None]], -1))
-    frame = _orthonormal(lifted[..., :dim], found)
-    bends = lifted[..., dim:-1]
-    bends = (bends - frame @ (frame.mT @ bends)).mT
+    moved = found.lift(intercept[..., None])[..., 0]
+    frame, bends = moved.new_empty(*moved.shape, 0), moved.new_empty(len(moved), 0, moved.shape[1])
+    if shape:
+        lifted = found.lift(torch.cat([tangent, form.mT], -1))
+        frame = _orthonormal(lifted[..., :dim])
+        bends = lifted[..., dim:]
+        bends = (bends - frame @ (frame.mT @ bends)).mT
     alone = found.offset > OUTSIDE**2 * found.spread
     kind, spread = queries.dtype, noise.clamp_min(0).sqrt()
     return (
-        queries + lifted[..., -1].to(kind), frame.to(kind), bends.to(kind), spread.to(kind),
+        queries + moved.to(kind), frame.to(kind), bends.to(kind), spread.to(kind),
         misfit.to(kind), radius.to(kind), torch.stack([low, high], -1).to(kind), curved, alone,
     )  # fmt: skip
 
 
-def _orthonormal(frame: Tensor, found: Span) -> Tensor:
+def _orthonormal(frame: Tensor) -> Tensor:
     """The basis, orthonormal to rounding; directions without extent, which lift to nothing, get others."""
     turned, triangle = torch.linalg.qr(frame)
     sign = triangle.diagonal(dim1=1, dim2=2).sign()
@@ -171,8 +186,8 @@ def errors(charts: Charts, dim: int, neighbors: int) -> Float[Tensor, "m"]:
     return charts.misfit + charts.noise**2 * count / neighbors
 
 
-def choose_neighbors(points: Float[Tensor, "n D"], dim: int, least: int) -> int:
-    """The number of neighbours from `least` on, doubled up to a quarter of the sample, with the least error.
+def choose_neighbors(points: Float[Tensor, "n D"], dim: int, least: int, most: int) -> int:
+    """The number of neighbours that errs least, of `least` and its doubles to `most` or a quarter of all.
 
     Noise asks for many neighbours and the shape for few; the median of `errors` over some charts weighs them.
     """
@@ -180,8 +195,9 @@ def choose_neighbors(points: Float[Tensor, "n D"], dim: int, least: int) -> int:
     some = torch.arange(0, total, max(1, total // PILOTS), device=points.device)
     best, lowest = least, float("inf")
     count = least
-    while count == least or count <= total // 4:
-        error = float(errors(fit_charts(points, some, dim=dim, neighbors=count), dim, count).median())
+    while count == least or count <= min(most, total // 4):
+        charts = fit_charts(points, some, dim=dim, neighbors=count, shape=False)
+        error = float(errors(charts, dim, count).median())
         if error < lowest:
             best, lowest = count, error
         elif error > 2 * lowest:

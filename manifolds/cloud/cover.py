@@ -8,6 +8,9 @@ SKETCH = 64
 """How many dimensions the choice is made in; a random projection keeps distances to a fifth there."""
 LANDMARKS = 1024
 """How many samples the local spacing is measured against."""
+TRIED = 16
+"""How many samples there are to choose each centre from."""
+LEAST_TRIED = 4096
 ROWS = 4096
 
 
@@ -16,33 +19,41 @@ def cover(points: Float[Tensor, "n D"], count: int, *, neighbors: int, seed: int
     """Indices of `count` samples such that every sample is near one of them.
 
     Farthest points (Gonzalez 1985), with distances in units of the local spacing, so that dense and sparse
-    parts of the sample get charts alike, and an outlier no more than one. Time is n · count · 64.
+    parts of the sample get charts alike, and an outlier no more than one. Where the samples are many,
+    the centres are taken from `TRIED` times as many samples, drawn at random: every neighbourhood has some
+    of those. Time is 64 · TRIED · count² at most.
     """
     total, width = points.shape
     if count >= total:
         return torch.arange(total, device=points.device)
     generator = torch.Generator().manual_seed(seed)
-    flat = points.float() - points[:: max(1, total // 256)].float().median(0).values
-    if width > SKETCH:
-        mixing = torch.randn(width, SKETCH, generator=generator).to(points.device) / SKETCH**0.5
-        flat = flat @ mixing
-    spacing = _spacing(flat, neighbors, generator)
+    centre = points[:: max(1, total // 256)].float().median(0).values
+    tried = torch.arange(total, device=points.device)
+    if total > LEAST_TRIED + TRIED * count:
+        drawn = torch.randperm(total, generator=generator)[: LEAST_TRIED + TRIED * count]
+        tried = drawn.sort().values.to(points.device)
+    mixing = torch.randn(width, SKETCH, generator=generator).to(points.device) / SKETCH**0.5
+    parts = (points[some].float() - centre for some in tried.split(ROWS))
+    flat = torch.cat([part @ mixing if width > SKETCH else part for part in parts])
+    spacing = _spacing(flat, neighbors, total, generator)
+    # Products lose the distances within small clusters, so they are taken in double precision.
+    flat, spacing = flat.double(), spacing.double()
     chosen = torch.empty(count, dtype=torch.long, device=points.device)
-    nearest = torch.full((total,), torch.inf, device=points.device)
+    nearest = torch.full_like(spacing, torch.inf)
     squares = (flat * flat).sum(1)
     latest = (squares.sqrt() / spacing).argmin()
     for step in range(count):
         chosen[step] = latest
-        apart = (flat - flat[latest]).square().sum(1) / (spacing * spacing[latest])
-        nearest = torch.minimum(nearest, apart)
+        apart = torch.addmv(squares, flat, flat[latest], alpha=-2).add_(squares[latest])
+        nearest = torch.minimum(nearest, apart.div_(spacing).div_(spacing[latest]), out=nearest)
+        nearest[latest] = -1
         latest = nearest.argmax()
-    return chosen.sort().values
+    return tried[chosen].sort().values
 
 
-def _spacing(flat: Tensor, neighbors: int, generator: torch.Generator) -> Tensor:
-    """The radius of the neighbourhood of each sample, read off a subsample."""
-    total = len(flat)
-    some = torch.randperm(total, generator=generator)[:LANDMARKS].to(flat.device)
+def _spacing(flat: Tensor, neighbors: int, total: int, generator: torch.Generator) -> Tensor:
+    """The radius of the neighbourhood, in all samples, of each one here, read off a subsample."""
+    some = torch.randperm(len(flat), generator=generator)[:LANDMARKS].to(flat.device)
     marks = flat[some]
     rank = max(2, min(len(marks) - 1, round(neighbors * len(marks) / total)))
     # By differences: a product loses the distances within a small cluster.
@@ -58,14 +69,19 @@ def _spacing(flat: Tensor, neighbors: int, generator: torch.Generator) -> Tensor
 @torch.no_grad()
 def distinct_rows(points: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "k D"], Int[Tensor, "k"]]:
     """The points without repetitions, in their order, and how often each occurs."""
-    # Equal rows have equal products with a vector; only rows with equal products need be compared.
-    mixing = torch.randn(points.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    key = torch.cat([part.double() @ mixing.to(points.device) for part in points.split(ROWS)])
+    # Sums of integers do not depend on their order: equal rows, and hardly any others, have equal ones.
+    whole = torch.int64 if points.dtype == torch.float64 else torch.int32
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randint(-(2**62), 2**62, (points.shape[1],), generator=generator).to(points.device)
+    key = torch.cat([((part + 0.0).view(whole) * mixing).sum(1) for part in points.split(ROWS)])
     if len(key.unique()) == len(points):
         return points, torch.ones(len(points), dtype=torch.long, device=points.device)
-    _, place, times = torch.unique(points, dim=0, return_inverse=True, return_counts=True)
-    first = torch.full_like(times, len(points)).scatter_reduce(
-        0, place, torch.arange(len(points), device=points.device), "amin"
-    )
-    order = first.argsort()
-    return points[first[order]], times[order]
+    _, group, size = torch.unique(key, return_inverse=True, return_counts=True)
+    times = torch.ones_like(group)
+    some = (size[group] > 1).nonzero()[:, 0]
+    _, place, often = torch.unique(points[some], dim=0, return_inverse=True, return_counts=True)
+    first = torch.full_like(often, len(points)).scatter_reduce(0, place, some, "amin")
+    times[some] = 0
+    times[first] = often
+    kept = times > 0
+    return points[kept], times[kept]

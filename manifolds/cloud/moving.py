@@ -77,27 +77,27 @@ class Foot:
 
 def nearest_chart(atlas: Atlas, x: Float[Tensor, "b r"]) -> Int[Tensor, "b"]:
     """The chart whose centre is nearest, by one matrix product."""
-    squares = (atlas.centres * atlas.centres).sum(-1)
-    return (squares - 2 * (x @ atlas.centres.mT)).argmin(-1)
+    centres = atlas.centres.to(x.dtype)
+    return torch.addmm((centres * centres).sum(-1), x, centres.mT, alpha=-2).argmin(-1)
 
 
 @torch.no_grad()
 def localise(atlas: Atlas, x: Float[Tensor, "b r"], count: int) -> tuple[Local, Float[Tensor, "b r"]]:
     """The charts around the foot of each state, and the foot on the nearest of them to begin with."""
-    which = nearest_chart(atlas, x)
-    tangent = atlas.tangent[which]
-    along = ((x - atlas.centres[which])[:, None] @ tangent)[:, 0]
-    reach = atlas.support[which]
+    kind, which = x.dtype, nearest_chart(atlas, x)
+    centre, tangent = atlas.centres[which].to(kind), atlas.tangent[which].to(kind)
+    along = ((x - centre)[:, None] @ tangent)[:, 0]
+    reach = atlas.support[which].to(kind)
     along = along * (reach / torch.linalg.vector_norm(along, dim=-1).clamp_min(1e-30)).clamp_max(1)[:, None]
-    start = atlas.centres[which] + (tangent @ along[..., None])[..., 0]
-    start = start + bend(along[:, None], atlas.form[which])[:, 0]
+    start = centre + (tangent @ along[..., None])[..., 0]
+    start = start + bend(along[:, None], atlas.form[which].to(kind))[:, 0]
     listed = atlas.near[which]
-    apart = atlas.centres[listed] - start[:, None]
-    scaled = (apart * apart).sum(-1) / atlas.support[listed] ** 2
+    apart = atlas.centres[listed].to(kind) - start[:, None]
+    scaled = (apart * apart).sum(-1) / atlas.support[listed].to(kind) ** 2
     order = scaled.topk(min(count, scaled.shape[1]), largest=False).indices
     which = listed.gather(1, order)
-    local = Local(atlas.centres[which], atlas.tangent[which], atlas.form[which], atlas.support[which], which)
-    return local, start
+    fields = (atlas.centres, atlas.tangent, atlas.form, atlas.support)
+    return Local(*(field[which].to(kind) for field in fields), which), start
 
 
 def weights(local: Local, y: Float[Tensor, "b r"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k r"]]:

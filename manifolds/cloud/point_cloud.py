@@ -1,6 +1,5 @@
 """A manifold learned from a cloud of samples."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,38 +7,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manifolds.cloud.charts import Charts, choose_neighbors, directions, errors, fit_charts
-from manifolds.cloud.cover import cover, distinct_rows
+from manifolds.cloud.charts import directions
+from manifolds.cloud.cloud_fit import NAME, check_neighbors, decide_dimension, learn, length
+from manifolds.cloud.cover import distinct_rows
 from manifolds.cloud.learned import LearnedManifold, Projection
 from manifolds.cloud.moving import Atlas, Foot, Local, bending_vector, foot, localise
 from manifolds.cloud.neighbours import check_points, nearest_neighbours
 from manifolds.cloud.reach import estimate_reach
-from manifolds.cloud.subspace import common_subspace
-from manifolds.curvature.dimension import intrinsic_dimension
-from manifolds.curvature.regression import unknowns
 from manifolds.errors import ManifoldError
 
-NAME = "PointCloud.fit"
-MOST_CHARTS = 2048
-"""How many charts there are unless `neighbors` asks for smaller ones."""
-LEAST_CHARTS = 64
-OVERLAP = 16
-"""On how many charts a sample has a say, where memory and `MOST_CHARTS` allow."""
-SUPPORT = 1.5
-"""How far beyond its cell a chart has weight."""
-OUTLYING = 3.0
-"""How many times the median distance a sample may be off the span to count for its place."""
-ROWS = 4096
-MEMORY = 2**31
-"""Bytes that the charts may take while they are fitted; where they would take more, there are fewer."""
 ACTIVE = 12
 """How many charts are blended at a place, at most."""
-LISTED = 32
-"""How many charts around the nearest one are looked at."""
 LINKS = 12
 """How many neighbours an anchor has in the graph, or twice the dimension and four more."""
 MEASURED = 512
 """How many samples the noise is measured on."""
+TOGETHER = 2**22
+"""How many numbers of charts are gathered for the states that are projected together."""
 BUFFERS = ("middle", "frame", "centres", "tangents", "forms", "support", "extent", "shares", "near")
 
 
@@ -100,9 +84,16 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
             neighbors: how many samples a chart is fitted to; if not given, five for each coefficient of a
                 quadratic in `dim` variables, and more where the samples are many.
 
+        Time grows with n · charts · D for the neighbours and with charts · neighbors · (D + p)² for the fits,
+        p the coefficients of a quadratic. There are 64 to 2,048 charts, or 4 n / neighbors if that is more.
+
+        Memory, besides the samples and two copies of them, is bounded: charts may take 1 GiB and be 16,384,
+        and a neighbourhood may hold 2²⁵ numbers. What cannot be done within that is refused.
+
         Raises:
             ManifoldError: if the points are too few or not finite, the dimension is none of theirs or cannot
-                be told, or there are more neighbours than points.
+                be told, there are more neighbours than points, or charts of so few or so many neighbours
+                would take more memory than they may.
 
         >>> angle = torch.linspace(0, 2 * torch.pi, 101, dtype=torch.float64)[:-1]
         >>> circle = PointCloud.fit(torch.stack([angle.cos(), angle.sin()], 1), dim=1)
@@ -112,9 +103,16 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
         check_points(points, NAME)
         wide = points if points.dtype in (torch.float32, torch.float64) else points.float()
         samples, times = distinct_rows(wide)
-        dim = _dimension(samples, len(points), dim)
-        given = _given_neighbors(samples, len(points), dim, neighbors)
-        return _assemble(cls, samples, times, dim, given)
+        dim = decide_dimension(samples, len(points), dim)
+        given = check_neighbors(samples, len(points), dim, neighbors)
+        values, tensors, charts, ours = learn(samples, times, dim, given)
+        made = cls(values, tensors)
+        some = ours.nonzero()[:, 0]
+        some = samples[some[:: max(1, len(some) // MEASURED)]]
+        off = length(some - made._project(some, exact=False)[0])
+        made.noise = float(off.double().square().mean() ** 0.5)
+        made.reach = estimate_reach(charts.centres, charts.tangent, charts.form, charts.radius, charts.noise)
+        return made
 
     # What a learned manifold gives
 
@@ -130,12 +128,7 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
         kind = x.dtype
         state = x if kind in (torch.float32, torch.float64) else x.float()
         flat = state.reshape(-1, self.width)
-        frame, origin = self.frame.to(flat.dtype), self.middle.to(flat.dtype)
-        found, local = self._foot((flat - origin) @ frame)
-        point = origin + found.at @ frame.mT
-        tangent = frame @ found.tangent
-        distance = _length(flat - point)
-        inside = self._within(found, local) & (distance <= self.reach)
+        point, tangent, distance, inside = self._project(flat)
         batch = x.shape[:-1]
         return Projection(
             foot=point.to(kind).reshape(x.shape),
@@ -229,17 +222,22 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
             f"{name} has shape {tuple(shape)}; the manifold was learned from vectors of width {self.width}"
         )
 
-    def _atlas(self, kind: torch.dtype) -> Atlas:
-        return Atlas(
-            centres=self.centres.to(kind),
-            tangent=self.tangents.to(kind),
-            form=self.forms.to(kind),
-            support=self.support.to(kind),
-            near=self.near,
-        )
+    def _project(self, flat: Tensor, *, exact: bool | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Foot, tangent basis, distance and `inside`, for so many states at a time that memory is bounded."""
+        rows = max(1, TOGETHER // (ACTIVE * self.forms.shape[1] * self.rank))
+        if len(flat) > rows:
+            parts = [self._project(part, exact=exact) for part in flat.split(rows)]
+            return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
+        frame, origin = self.frame.to(flat.dtype), self.middle.to(flat.dtype)
+        found, local = self._foot((flat - origin) @ frame, exact=exact)
+        point = origin + found.at @ frame.mT
+        distance = length(flat - point)
+        inside = self._within(found, local) & (distance <= self.reach)
+        return point, frame @ found.tangent, distance, inside
 
     def _foot(self, flat: Tensor, *, exact: bool | None = None) -> tuple[Foot, Local]:
-        local, start = localise(self._atlas(flat.dtype), flat, ACTIVE)
+        atlas = Atlas(self.centres, self.tangents, self.forms, self.support, self.near)
+        local, start = localise(atlas, flat, ACTIVE)
         return foot(local, start, flat, exact=exact), local
 
     def _within(self, found: Foot, local: Local) -> Tensor:
@@ -252,144 +250,3 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
             held = ((toward >= extent[..., 0]) & (toward <= extent[..., 1])).all(-1)
             scaled = (apart * apart).sum(-1) <= local.support**2
             return (held & scaled).any(-1)
-
-
-def _assemble(
-    cls: type[PointCloud], samples: Tensor, times: Tensor, dim: int, neighbors: int | None
-) -> PointCloud:
-    """Charts, fitted again in the span that the first ones share, and joined as the samples ask for."""
-    total = len(samples)
-    charts, count = _charts(samples, dim, neighbors)
-    origin, frame = common_subspace(charts.centres, errors(charts, dim, count), total / count, dim + 1)
-    origin = _centred(samples, origin, frame)
-    inner = torch.cat([(part - origin) @ frame for part in samples.split(ROWS)])
-    # Most of the noise is left outside: neighbours are truer, and fewer of them do.
-    charts, count = _charts(inner, dim, neighbors)
-    centres = charts.centres
-    nearest, apart = _nearest(inner, centres)
-    outlying = apart > 2 * charts.radius[nearest]
-    ours = ~outlying
-    stands_for = torch.zeros_like(centres[:, 0])
-    stands_for.index_add_(0, nearest[ours], times[ours].to(centres))
-    near = torch.arange(len(centres), device=centres.device)[:, None]
-    between = charts.radius
-    listed = min(LISTED, len(centres))
-    if listed > 1:
-        found = nearest_neighbours(centres, neighbors=listed - 1)
-        near = torch.cat([near, found.indices], 1)
-        between = found.distances[:, min(dim + 1, listed - 1) - 1]
-    cell = torch.zeros_like(between).scatter_reduce(0, nearest[ours], apart[ours], "amax")
-    tensors = {
-        "middle": origin, "frame": frame, "centres": centres, "tangents": charts.tangent,
-        "forms": charts.form, "support": SUPPORT * torch.maximum(cell, between).minimum(2 * charts.radius),
-        "extent": charts.extent, "shares": stands_for, "near": near,
-    }  # fmt: skip
-    values = {
-        "dim": dim, "neighbors": count, "noise": math.nan, "reach": math.inf,
-        "outliers": int(times[outlying].sum()), "curved": float(charts.curved.double().mean()),
-    }  # fmt: skip
-    made = cls(values, {name: value.contiguous() for name, value in tensors.items()})
-    some = ours.nonzero()[:, 0]
-    some = some[:: max(1, len(some) // MEASURED)]
-    feet = torch.cat([made._foot(part, exact=False)[0].at for part in inner[some].split(256)])
-    made.noise = float(
-        _length(samples[some] - made.middle - feet @ made.frame.mT).double().square().mean() ** 0.5
-    )
-    made.reach = estimate_reach(centres, charts.tangent, charts.form, charts.radius, charts.noise)
-    return made
-
-
-def _charts(points: Tensor, dim: int, neighbors: int | None) -> tuple[Charts, int]:
-    """Charts on a cover of the points, and how many neighbours they were fitted to."""
-    total, width = points.shape
-    if neighbors is None:
-        least = min(total - 1, max(16, 5 * unknowns(dim), 4 * total // MOST_CHARTS))
-        neighbors = choose_neighbors(points, dim, least)
-    each = points.element_size() * width * (unknowns(dim) + 1)
-    count = max(1, min(max(LEAST_CHARTS, OVERLAP * total // neighbors), MOST_CHARTS, MEMORY // each))
-    which = cover(points, max(count, 4 * total // neighbors), neighbors=neighbors)
-    charts = fit_charts(points, which, dim=dim, neighbors=neighbors)
-    kept = ~charts.alone
-    if not bool(kept.any()):
-        raise ManifoldError(
-            f"{NAME}: every chart centre lies far outside of its {neighbors} neighbours; "
-            "the samples form no manifold at this size: take more neighbours"
-        )
-    return Charts(**{name: value[kept] for name, value in vars(charts).items()}), neighbors
-
-
-def _centred(samples: Tensor, origin: Tensor, frame: Tensor) -> Tensor:
-    """The origin, moved across the span to the mean of the samples that are not far off it."""
-    normal, length = torch.zeros_like(origin), []
-    parts = samples.split(ROWS)
-    for part in parts:
-        rest = part - origin
-        length.append(_length(rest - rest @ frame @ frame.mT))
-    limit = OUTLYING * torch.cat(length).median()
-    kept = 0
-    for part, far in zip(parts, length, strict=True):
-        near = far <= limit
-        normal, kept = normal + (part[near] - origin).sum(0), kept + int(near.sum())
-    normal = normal / kept
-    return origin + normal - frame @ (frame.mT @ normal)
-
-
-def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest chart of each sample and how far its centre is."""
-    squares = (centres * centres).sum(1)
-    which = torch.cat([(squares - 2 * part @ centres.mT).argmin(1) for part in points.split(1024)])
-    return which, _length(points - centres[which])
-
-
-def _length(vectors: Tensor) -> Tensor:
-    """Euclidean lengths, with derivative 0 at 0."""
-    squares = (vectors * vectors).sum(-1)
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), squares)
-
-
-def _dimension(samples: Tensor, given: int, dim: int | None) -> int:
-    """The dimension, given or estimated."""
-    count, ambient = samples.shape
-    if dim is None:
-        if count < 8:
-            raise ManifoldError(
-                f"{NAME}: {_said(count, given)} are too few to tell a dimension by; give dim, "
-                "or 8 or more points"
-            )
-        around = min(100, max(5, count // 10), count - 1)
-        some = samples if count <= 5000 else samples[:: count // 5000]
-        found = intrinsic_dimension(some, neighbors=min(around, len(some) - 1))
-        dim = round(found.value)
-        if not 1 <= dim < ambient:
-            raise ManifoldError(
-                f"{NAME}: the dimension of the sample is estimated as {dim} (between {found.low:g} and "
-                f"{found.high:g}) in {ambient} coordinates, which is no manifold with normal directions; "
-                "give dim, or more points"
-            )
-    if not 1 <= dim < ambient:
-        raise ManifoldError(
-            f"{NAME}: dim is {dim} and the points have {ambient} coordinates; "
-            f"a manifold with normal directions has dim 1 to {ambient - 1}"
-        )
-    if count < dim + 5:
-        raise ManifoldError(
-            f"{NAME}: {_said(count, given)} are too few; in dim {dim} a chart needs {dim + 5} or more, "
-            f"and {unknowns(dim) + 2} or more to be curved"
-        )
-    return dim
-
-
-def _given_neighbors(samples: Tensor, given: int, dim: int, neighbors: int | None) -> int | None:
-    """The number of neighbours, if one is given and fits."""
-    count = len(samples)
-    if neighbors is not None and not dim + 4 <= neighbors < count:
-        raise ManifoldError(
-            f"{NAME}: neighbors is {neighbors}; with {_said(count, given)} in dim {dim} it can be "
-            f"{dim + 4} to {count - 1}"
-        )
-    return neighbors
-
-
-def _said(count: int, given: int) -> str:
-    return f"{count} points" if count == given else f"{count} distinct points (of {given})"

@@ -8,7 +8,8 @@ from manifolds.curvature.regression import pairs
 
 TRUSTED = 0.02
 """The share of the charts, the most curved or nearest to another sheet, that may be wrong."""
-BLOCK = 512
+BLOCK_ELEMENTS = 2**23
+"""How many differences, or coefficients of forms, are looked at together."""
 
 
 def estimate_reach(
@@ -27,11 +28,13 @@ def estimate_reach(
     the numerator. Of the charts' values the 2 % quantile is given, so that single charts, bad or at outliers,
     do not decide.
     """
-    local = largest_bend(forms, tangents.shape[-1])
-    worst = local
+    dim = tangents.shape[-1]
+    rows = max(1, BLOCK_ELEMENTS // max(1, dim * dim * forms.shape[-1]))
+    local = torch.cat([largest_bend(part, dim) for part in forms.split(rows)])
     far = torch.zeros_like(local)
-    for start in range(0, len(centres), BLOCK):
-        some = slice(start, start + BLOCK)
+    rows = max(1, BLOCK_ELEMENTS // centres.numel())
+    for start in range(0, len(centres), rows):
+        some = slice(start, start + rows)
         between = centres[None] - centres[some, None]
         along = between @ tangents[some]
         square = (between * between).sum(-1)

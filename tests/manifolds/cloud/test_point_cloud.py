@@ -182,6 +182,8 @@ def test_the_dimension_is_estimated():
         (torch.zeros(0, 5), {"dim": 2}, "nothing in them"),
         (torch.ones(50, 5), {"dim": 1}, r"1 distinct points \(of 50\)"),
         (torch.randn(400, 3), {}, "no manifold with normal directions"),
+        (torch.randn(70_000, 3), {"dim": 1, "neighbors": 6}, "neighbors is 6; it must be at least 18"),
+        (torch.randn(600, 2000), {"dim": 500}, "no number is both: take a lower dim"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(points, options, message):
