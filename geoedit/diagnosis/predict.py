@@ -23,6 +23,12 @@ from geoedit.diagnosis.landing import (
 from geoedit.diagnosis.metric import categorical_factor, sampled_factor, whitening_factor
 from geoedit.diagnosis.result import Predictor
 
+ODDS = Predictor(
+    "odds",
+    "learned odds",
+    "Log-odds of success (nats) that trees of the edit's features give, learned on edits of the built-in "
+    "models; where no such features are known, a logistic of the next predictor.",
+)
 LANDING = Predictor(
     "landing",
     "landing",

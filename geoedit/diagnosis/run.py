@@ -97,9 +97,7 @@ def diagnose(
     predicted = time.perf_counter()
     observed = work.observations() if apply else {}
     applied = time.perf_counter()
-    judged = {
-        site: work.table(site, predictions[site], observed.get(site), available[0]) for site in work.places
-    }
+    judged = {site: work.table(site, predictions[site], observed.get(site)) for site in work.places}
     parameter = next(model.parameters())
     settings = {
         "model_class": type(model).__name__,
@@ -146,7 +144,7 @@ def diagnose(
         settings=settings,
         versions=versions(),
         notes=notes(
-            available[0] is LANDING,
+            LANDING in available,
             apply,
             work.plan,
             len(work.templates) < len(concept.templates),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from geoedit.diagnosis.odds import Odds
 from geoedit.diagnosis.off_manifold import off_columns
 from geoedit.diagnosis.plan import Plan, PlannedEdit
 from geoedit.diagnosis.predict import (
+    ODDS,
     Edits,
     Gradients,
     Predictions,
@@ -43,6 +44,8 @@ from geoedit.site import Site
 
 GRADIENT_BYTES = 2**30
 OTHER = "another word"
+CERTAIN = 1e-9
+"""No probability comes nearer than this to 0 or 1."""
 
 
 @dataclass
@@ -110,11 +113,13 @@ class Work:
                     gradients, rows = self.readouts.split(
                         derived.outputs.cpu(), derived.gradients[site].cpu(), self.rows
                     )
-                    found[site] = predict(self.states[site], self.means[site], gradients, rows, self.edits)
-                    available = predictors(gradients)
+                    margins = predict(self.states[site], self.means[site], gradients, rows, self.edits)
+                    available = (ODDS, *predictors(gradients))
                     self.features[site] = edit_features(
                         self.states[site], self.means[site], gradients, rows, self.edits
                     )
+                    odds = torch.logit(self.chances(site, margins.columns[available[1].column], available[1]))
+                    found[site] = replace(margins, columns={ODDS.column: odds, **margins.columns})
                     self.look_at_shape(site, gradients)
         return found, available
 
@@ -220,9 +225,7 @@ class Work:
         """The words that the model said."""
         return [self.tokenizer.decode([token]).strip() for token in observed.token.tolist()]
 
-    def table(
-        self, site: Site, predictions: Predictions, observed: Observed | None, default: Predictor
-    ) -> pd.DataFrame:
+    def table(self, site: Site, predictions: Predictions, observed: Observed | None) -> pd.DataFrame:
         """One row for each of `edits`, with all that was predicted and, for the plan's, what was seen."""
         values = self.concept.values
         edits = [*self.plan.edits, *swept_edits(self.sweeps), *self.scaled.edits]
@@ -237,7 +240,7 @@ class Work:
             "to_value": [values[edit.to_value] for edit in edits],
             "scale": [edit.scale for edit in edits],
             **{column: numbers.double().numpy() for column, numbers in predictions.columns.items()},
-            "probability": self.chances(site, predictions.columns[default.column], default),
+            "probability": predictions.columns[ODDS.column].sigmoid().numpy(),
             "nearest": rivals,
             **{column: _padded(numbers, len(edits)) for column, numbers in self.off[site].items()},
             **{f"{FEATURE}{name}": numbers.numpy() for name, numbers in self.features[site].items()},
@@ -255,14 +258,16 @@ class Work:
         return pd.DataFrame(columns).astype({"success": "boolean"})
 
     def chances(
-        self, site: Site, margin: Float[Tensor, " edits"], default: Predictor
-    ) -> Float[np.ndarray, " edits"]:
-        """The probability that each edit succeeds: the learned odds of its features.
+        self, site: Site, margin: Float[Tensor, " edits"], fallback: Predictor
+    ) -> Float[Tensor, " edits"]:
+        """The probability that each edit succeeds: the learned odds of its features, in float64.
 
-        Where the features that these need are not known, it is a fixed logistic of the default margin.
+        Where the features that these need are not known, it is a fixed logistic of the margin that `fallback`
+        names. Certainty is cut at one in 10⁹.
         """
-        learned = self.odds.probability(self.features[site]).double().numpy()
-        return np.where(np.isnan(learned), probability(margin.double().numpy(), default.column), learned)
+        learned = self.odds.probability(self.features[site]).double()
+        otherwise = torch.from_numpy(probability(margin.double().numpy(), fallback.column))
+        return torch.where(learned.isnan(), otherwise, learned).clamp(CERTAIN, 1 - CERTAIN)
 
     def planned(self, table: pd.DataFrame) -> pd.DataFrame:
         """The plan's edits of a site's table, with the scales up to which each is expected to succeed."""
