@@ -1,6 +1,7 @@
 """The page in a real browser: it draws, asks nobody for anything, and does by hand what the numbers say."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -332,3 +333,24 @@ def test_a_page_without_edits_tells_no_answer(predicted, diagnosed):
     assert predicted.run(f"document.querySelectorAll({marks!r}).length") == 0
     sweep = Shown(predicted, diagnosed[False]).sweep
     assert says(predicted.text("#at-odds"), sweep["probability"][sweep["scales"].index(1.0)])
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["all-known", "nothing-known"])
+def test_geometry_draws_whatever_is_known_of_it(browser, diagnosed, tmp_path, known):
+    found = {
+        "curvature": 0.5,
+        "snr": 9.0,
+        "reliable": True,
+        "reach": 2.0,
+        "noise": 0.1,
+        "functional": {"radius": 1.2},
+    }
+    found["dimension"] = {"value": 1.0, "low": 1.0, "high": 2.0}
+    geometry = found if known else {"reliable": False, "reason": "too <b>few</b>"}
+    sites = tuple(replace(site, geometry=geometry) for site in diagnosed[True].sites)
+    path = replace(diagnosed[True], sites=sites).to_html(tmp_path / "page.html")
+    for page in opened(browser, path, width=390, height=780):
+        points = page.run("document.querySelectorAll('#figure-geometry .points path').length")
+        assert points == 4 * len(sites)
+        broken = "[...document.querySelectorAll('svg *')].some((n) => /NaN/.test(n.getAttribute('d') ?? ''))"
+        assert not page.run(broken)

@@ -123,7 +123,7 @@ function drawGeometry() {
     const low = column * (1 - width), high = 1 - row * (tall + 0.13);
     const got = sites.map((site) => quantity.of(site.geometry).value).filter(known);
     const wide = got.length && Math.max(...got) / Math.max(1e-12, Math.min(...got)) > 50 && Math.min(...got) > 0;
-    const strip = String(quantities.length + number + 1), bottom = high - tall, floor = bottom + 0.16 * tall;
+    const strip = String(quantities.length + number + 1), bottom = Math.max(0, high - tall), floor = bottom + 0.16 * tall;
     layout["xaxis" + suffix] = axis({
       anchor: "y" + strip, domain: [low, low + width], range: [-0.6, places.length - 0.4], showgrid: false,
       zeroline: false, tickvals: places.map((_, i) => i), ticktext: places.map(([, text]) => safe(text)),
@@ -172,8 +172,9 @@ function drawGeometry() {
       });
       traces.push({
         ...common,
-        x: unsure.map((e) => x.get(e.site.place) + away),
-        y: unsure.map(() => 0.5),
+        // Without a point, seen or not, plotly drops the strip, and with it the axis below it.
+        x: [...unsure.map((e) => x.get(e.site.place) + away), null],
+        y: [...unsure.map(() => 0.5), null],
         yaxis: "y" + strip,
         mode: "markers",
         showlegend: false,

@@ -262,8 +262,10 @@ function drawAuroc() {
       line: { color: colour("--soft"), width: 1, dash: "dash" },
     });
   });
-  stretch("figure-auroc");
-  const rows = Math.ceil((count * 150) / Math.max(280, at("figure-auroc").clientWidth));
-  const legend = { orientation: "h", x: 0, y: 1.1, yanchor: "bottom" };
-  return draw("figure-auroc", traces, base({ margin: { l: 44, r: 12, t: 66 + 22 * rows, b: 50 }, legend, ...layout }));
+  // The legend stands above the panels, which keep their height however many predictors it names.
+  const rows = Math.ceil((count * (narrow() ? 200 : 150)) / Math.max(280, at("figure-auroc").clientWidth));
+  const tall = narrow() ? 240 * tokens.length : 280, top = 66 + 24 * rows;
+  at("figure-auroc").style.height = `${tall + top + 50}px`;
+  const legend = { orientation: "h", x: 0, y: 1 + 34 / tall, yanchor: "bottom" };
+  return draw("figure-auroc", traces, base({ margin: { l: 44, r: 12, t: top, b: 50 }, legend, ...layout }));
 }
