@@ -37,6 +37,9 @@ class Settings:
         pairs: edits in each cell.
         sites: at most this many for each concept and model, evenly from the first that carries it to the
             last.
+        costly_pairs: the same for concepts that are no curve, whose geodesics are relaxed and take a second
+            or more each.
+        costly_sites: see `costly_pairs`.
         carried: a site carries a concept if the target's own state turns this share of the answers.
         metric: whether geodesics in the pulled-back metric are among the edits.
         seed: of the halves, the pairs, the controls and the bootstrap.
@@ -52,11 +55,12 @@ class Settings:
         "temperatures",
         "places",
         "categories",
-        "city-country",
     )
     scales: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.3)
     pairs: int = 40
     sites: int = 3
+    costly_pairs: int = 12
+    costly_sites: int = 1
     carried: float = 0.5
     metric: bool = True
     seed: int = 0

@@ -70,6 +70,7 @@ from experiments.curvature_predicts_editing.measure import gated, gates, only, s
 from experiments.curvature_predicts_editing.moves import BASELINES, METHODS, STEP
 from experiments.curvature_predicts_editing.sentences import Sentences
 from geoedit.errors import EditError
+from geoedit.shapes import PATHS
 from geoedit.site import Site
 from manifolds.errors import ManifoldError
 
@@ -91,14 +92,18 @@ def run(settings: Settings | None = None) -> Result:
         )
         for concept in settings.concepts:
             sentences = Sentences.of(laboratory, world.concepts[concept], settings.seed)
+            curve = sentences.concept.kind in PATHS
             pairs = sentences.draw_pairs(
-                settings.pairs, control_prompts(laboratory, concept, settings.seed), settings.seed
+                settings.pairs if curve else settings.costly_pairs,
+                control_prompts(laboratory, concept, settings.seed),
+                settings.seed,
             )
+            most = settings.sites if curve else settings.costly_sites
             carried = {
                 site: laboratory.carried(site, sentences.rows[pairs.source], sentences.rows[pairs.target])
                 for site in laboratory.places
             }
-            for site in spread([s for s in carried if carried[s] >= settings.carried], settings.sites):
+            for site in spread([s for s in carried if carried[s] >= settings.carried], most):
                 ground = survey(laboratory, sentences, pairs, site, metric=settings.metric)
                 if isinstance(ground, str):
                     left.append(Left(name, concept, str(site), ground))

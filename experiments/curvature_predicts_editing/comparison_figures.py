@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from experiments.curvature_predicts_editing.compared import ComparedCell, Result
 from experiments.curvature_predicts_editing.measure import KL, NEAR, OFF
@@ -31,6 +32,8 @@ COSTS = {
     NEAR: "distance to the nearest real state\n(between real states = 1)",
     KL: "disturbance of other prompts (KL, nats)",
 }
+FARTHEST = 2.5
+"""Distances beyond are not drawn: far too large scales."""
 RATIOS = (("geodesic", "linear"), ("tangent, 8 steps", "linear"), ("linear, then projected", "linear"))
 
 
@@ -60,9 +63,11 @@ def draw_sweeps(cells: Sequence[ComparedCell]) -> Figure:
                     _draw_path(place, cells, method.name, cost)
             place.set_xlabel(label, fontsize=9)
             place.set_ylim(-0.03, 1.03)
-            # Straight up to 1, where real states are, and logarithmic beyond.
-            place.set_xscale("symlog", linthresh=1, linscale=1.5)
-            place.set_xlim(left=-0.03)
+            if cost == KL:
+                place.set_xscale("symlog", linthresh=0.1)
+                place.set_xlim(left=-0.005)
+            else:
+                place.set_xlim(-0.05, FARTHEST)
             place.spines[["top", "right"]].set_visible(False)
         axes[row][0].set_ylabel(f"share that succeeds\n({family})")
         axes[row][0].legend(fontsize=8, frameon=False, title="filled: scale 1", title_fontsize=8)
@@ -108,11 +113,17 @@ def draw_ratios(result: Result) -> Figure:
         place.axvline(1, color="#999999", linewidth=0.8)
         place.axvline(0.2 if cost != KL else 0.5, color="#999999", linewidth=0.8, linestyle=":")
         place.set_xscale("log")
+        place.set_xlim(0.1, 10)
+        place.set_xticks(
+            [0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"], minor=False
+        )
+        place.xaxis.set_minor_formatter(NullFormatter())
         place.set_xlabel(label.split("\n")[0] + "\nover the linear edit's, at equal success", fontsize=9)
         place.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names) + 1), ["all", *names], fontsize=9)
     axes[0].invert_yaxis()
-    axes[2].legend(fontsize=8, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(RATIOS), fontsize=8, frameon=False)
     return figure
 
 

@@ -53,7 +53,7 @@ def _opening(result: Result) -> list[str]:
     ways = ", ".join(f"{scale:g}" for scale in settings.scales)
     found = [
         f"{len(cells)} cells (a concept at a site of a model; {len({c.concept for c in cells})} concepts, "
-        f"{len({c.model for c in cells})} models), {settings.pairs} pairs in each, scales {ways}: "
+        f"{len({c.model for c in cells})} models), {_pairs(cells)} pairs in each, scales {ways}: "
         f"{edits} edits in all, each also run on a prompt of another concept. Everything an edit knows comes "
         "from one half of the sentences; the other half is edited, and its own states judge how far an edit "
         "left them. Ratios are costs over those of the straight edit **at the highest success that both "
@@ -79,11 +79,18 @@ def _verdict(result: Result) -> list[str]:
                 continue
             met = "met" if ratio.value <= aim else "missed"
             found.append(f"- Aim, {names[cost]}: **{judged} edits have {_short(ratio)} of it: {met}.**")
-    step = [_top(result.cells, name) for name in ("geodesic, carried step", "linear, reused")]
-    if not any(math.isnan(x) for x in step):
+    tops = [_top(result.cells, name) for name in ("geodesic, carried step", "linear, reused")]
+    if any(math.isnan(top) for top in tops):
+        return found
+    found.append(
+        f"- A step measured elsewhere succeeds, at each edit's best scale, in {tops[0]:.0%} of the "
+        f"sentences when it is carried along the manifold and in {tops[1]:.0%} when it is added."
+    )
+    off, kl = (result.line("geodesic, carried step", "linear, reused", cost) for cost in (OFF, KL))
+    if off is not None and kl is not None and off.cells:
         found.append(
-            f"- A step measured elsewhere succeeds, at each edit's best scale, in {step[0]:.0%} of the "
-            f"sentences when it is carried along the manifold and in {step[1]:.0%} when it is added."
+            f"- In the {off.cells} of {off.of} cells where adding it succeeds often enough to compare, the "
+            f"carried step has {_short(off)} of the distance and {_short(kl)} of the disturbance."
         )
     return found
 
@@ -218,6 +225,12 @@ def _reasons(result: Result) -> list[str]:
         )
     failed = sorted({f"{name} ({reason})" for cell in cells for name, reason in cell.impossible.items()})
     return found + [f"- Not possible somewhere: {each}" for each in failed]
+
+
+def _pairs(cells: Sequence[ComparedCell]) -> str:
+    """How many pairs the cells have: one number, or the fewest and the most."""
+    counts = sorted({len(next(iter(cell.sweeps.values())).success) for cell in cells if cell.sweeps})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _at_one(cell: ComparedCell, name: str) -> float:
