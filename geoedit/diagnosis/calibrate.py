@@ -1,4 +1,4 @@
-"""From a margin to odds."""
+"""From a margin to odds, where the learned odds cannot speak."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from jaxtyping import Float
 SLOPE, INTERCEPT = 0.85, 0.9
 """Of the landing margin in nats.
 
-Set once, on edits of the almanac's city-country concept (GPT-2, all sites, scales 0.5 to 2), and used for
-every other concept and model; how far it holds elsewhere is in the results of the documentation.
+Set once, on edits of the almanac's city-country concept (GPT-2, all sites, scales 0.5 to 2).
 """
 
 

@@ -27,8 +27,8 @@ function words() {
     tile(fixed(auroc, 2), `AUROC of the prediction over all sites${within}`);
     tile(points(data.calibration.error), "mean gap between foreseen and seen rates");
     at("foresight-lead").textContent =
-      `Nothing was fitted on this concept. Over all sites, ${percent(auroc)} of (success, failure) pairs are put in ` +
-      `the right order by the ${predictor.label} margin.`;
+      `No edit was run for the prediction. Over all sites, ${percent(auroc)} of (success, failure) pairs are put in ` +
+      `the right order by ${predictor.label}.`;
   }
   at("heat-lead").textContent =
     "Rows: from; columns: to. Pale is 0 %, full green 100 %. " +
@@ -39,8 +39,9 @@ function words() {
       "difference adds (mean of target − mean of source) to the state; a reused vector adds the difference of two " +
       "other values that lie the same way from each other.",
     "The edited state is then placed among the states that the values themselves leave in the same sentence, " +
-      "without running the network on it. It is predicted to succeed when it lies nearer to the target than to any " +
-      "other value, measured by what the rest of the network makes of the difference.",
+      "without running the network on it: how near it lies to the target and to every other value, and what the " +
+      "outputs and gradients there say of it. Trees learned on the edits of the built-in models turn these numbers " +
+      "into odds.",
     "The manifold of the concept is learned from the states at each site, what each sentence adds to all of its " +
       "states taken out: a curve or a sheet through the means where the values have an order, else a cloud of all " +
       "states. How far an edited state is off it is told in units of its noise, the root mean square distance of the " +
