@@ -344,8 +344,8 @@ def section(result: Result) -> str:
         "",
         f"{counts['edits']} edits in {counts['cells']} cells of {result.about['model']}, at the value's "
         f"token in every block; {counts['successes']} succeed: the sentence's embedding is then nearest to "
-        "the target's among the sentences of the template. No answer is asked for: cosines with these sentences "
-        "stand in its place. Intervals are bootstraps over concepts.",
+        "the target's among the sentences of the template. No answer is asked for: cosines with these "
+        "sentences stand in its place. Intervals are bootstraps over concepts.",
         "",
         "| predictor | AUROC | within a site | Spearman over cells | calibration error |",
         "|---|---|---|---|---|",
