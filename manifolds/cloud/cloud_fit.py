@@ -97,8 +97,8 @@ def _charts(points: Tensor, dim: int, neighbors: int | None, *, shape: bool) -> 
     elif neighbors is None or not least <= neighbors <= most:
         asked = "the number of neighbours" if neighbors is None else f"neighbors is {neighbors}; it"
         raise ManifoldError(
-            f"{NAME}: {asked} must be at least {least}, for {total} samples in dim {dim} may have {held} charts "
-            f"of {dim + 4} neighbours or more, and at most {most}, the largest neighbourhood that memory may hold; "
+            f"{NAME}: {asked} must be at least {least}, for {total} samples in dim {dim} may have {held} "
+            f"charts of {dim + 4} neighbours or more, and at most {most}, the most that memory may hold; "
             + ("take another" if least <= most else "no number is both: take a lower dim, or fewer points")
         )
     floor = -(-LEAST_OVERLAP * total // neighbors)

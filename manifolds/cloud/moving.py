@@ -10,13 +10,14 @@ approximation by moving least-squares" (2020), whose projection has the same two
 fits are made once, at the charts, and not anew for every state.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manifolds.cloud.charts import bend, bend_with_slope, symmetric
+from manifolds.cloud.charts import STEEPEST, bend, symmetric
 from manifolds.curvature.regression import pairs
 
 SUPPORT_POWER = 4
@@ -41,29 +42,59 @@ class Atlas:
     """Charts in the coordinates of their common span, as the blending needs them.
 
     Attributes:
-        centres: the centres.
-        tangent: tangent bases.
-        form: the second fundamental forms.
+        charts: for each chart its centre, its tangent basis and its second fundamental form, one below the
+            other.
+        dim: the dimension of the manifold.
         support: the radius hᵢ beyond which a chart has no weight.
         near: for each chart, the charts nearest to it, itself first.
     """
 
-    centres: Float[Tensor, "m r"]
-    tangent: Float[Tensor, "m r d"]
-    form: Float[Tensor, "m p r"]
+    charts: Float[Tensor, "m q r"]
+    dim: int
     support: Float[Tensor, "m"]
     near: Int[Tensor, "m l"]
 
 
 @dataclass(frozen=True)
 class Local:
-    """The charts that have a say at each of b places, the nearest first."""
+    """The charts that have a say at each of b places, the nearest first.
 
-    centres: Float[Tensor, "b k r"]
-    tangent: Float[Tensor, "b k r d"]
-    form: Float[Tensor, "b k p r"]
+    Attributes:
+        charts: as in the atlas, in one block for each place, so that one product reads them all.
+        dim: the dimension of the manifold.
+        support: the radii.
+        which: their numbers in the atlas.
+        offset: the tangential coordinates of the centres.
+        gram: inner products of the second fundamental forms.
+    """
+
+    charts: Float[Tensor, "b k q r"]
+    dim: int
     support: Float[Tensor, "b k"]
     which: Int[Tensor, "b k"]
+    offset: Float[Tensor, "b k d"]
+    gram: Float[Tensor, "b k p p"]
+
+    @classmethod
+    def of(cls, charts: Tensor, dim: int, support: Tensor, which: Tensor) -> "Local":
+        """The charts, with what is needed of them at every step."""
+        centre, tangent, form = charts[..., :1, :], charts[..., 1 : 1 + dim, :], charts[..., 1 + dim :, :]
+        return cls(charts, dim, support, which, (tangent * centre).sum(-1), form @ form.mT)
+
+    @property
+    def centres(self) -> Float[Tensor, "b k r"]:
+        """The centres."""
+        return self.charts[..., 0, :]
+
+    @property
+    def tangent(self) -> Float[Tensor, "b k r d"]:
+        """Tangent bases."""
+        return self.charts[..., 1 : 1 + self.dim, :].mT
+
+    @property
+    def form(self) -> Float[Tensor, "b k p r"]:
+        """Second fundamental forms."""
+        return self.charts[..., 1 + self.dim :, :]
 
 
 @dataclass(frozen=True)
@@ -77,31 +108,29 @@ class Foot:
 
 def nearest_chart(atlas: Atlas, x: Float[Tensor, "b r"]) -> Int[Tensor, "b"]:
     """The chart whose centre is nearest, by one matrix product."""
-    centres = atlas.centres.to(x.dtype)
+    centres = atlas.charts[:, 0].to(x.dtype)
     return torch.addmm((centres * centres).sum(-1), x, centres.mT, alpha=-2).argmin(-1)
 
 
 @torch.no_grad()
 def localise(atlas: Atlas, x: Float[Tensor, "b r"], count: int) -> tuple[Local, Float[Tensor, "b r"]]:
     """The charts around the foot of each state, and the foot on the nearest of them to begin with."""
-    kind, which = x.dtype, nearest_chart(atlas, x)
-    centre, tangent = atlas.centres[which].to(kind), atlas.tangent[which].to(kind)
-    along = ((x - centre)[:, None] @ tangent)[:, 0]
-    reach = atlas.support[which].to(kind)
+    kind, dim, which = x.dtype, atlas.dim, nearest_chart(atlas, x)
+    chart, reach = atlas.charts[which].to(kind), atlas.support[which].to(kind)
+    centre, rows = chart[:, 0], chart[:, 1 : 1 + dim]
+    along = (rows @ (x - centre)[..., None])[..., 0]
     along = along * (reach / torch.linalg.vector_norm(along, dim=-1).clamp_min(1e-30)).clamp_max(1)[:, None]
-    start = centre + (tangent @ along[..., None])[..., 0]
-    start = start + bend(along[:, None], atlas.form[which].to(kind))[:, 0]
+    start = centre + (along[:, None] @ rows)[:, 0] + bend(along[:, None], chart[:, 1 + dim :])[:, 0]
     listed = atlas.near[which]
-    apart = atlas.centres[listed].to(kind) - start[:, None]
+    apart = atlas.charts[listed, 0].to(kind) - start[:, None]
     scaled = (apart * apart).sum(-1) / atlas.support[listed].to(kind) ** 2
     order = scaled.topk(min(count, scaled.shape[1]), largest=False).indices
     which = listed.gather(1, order)
-    fields = (atlas.centres, atlas.tangent, atlas.form, atlas.support)
-    return Local(*(field[which].to(kind) for field in fields), which), start
+    return Local.of(atlas.charts[which].to(kind), dim, atlas.support[which].to(kind), which), start
 
 
-def weights(local: Local, y: Float[Tensor, "b r"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k r"]]:
-    """The weights of the charts, with sum 1, and their gradients.
+def weights(local: Local, y: Float[Tensor, "b r"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """The weights wᵢ of the charts, with sum 1, and sᵢ with ∇wᵢ = sᵢ (y − cᵢ) − wᵢ Σⱼ sⱼ (y − cⱼ).
 
     Beyond all supports, these are stretched to reach y.
     """
@@ -109,12 +138,10 @@ def weights(local: Local, y: Float[Tensor, "b r"]) -> tuple[Float[Tensor, "b k"]
     scaled = (apart * apart).sum(-1) / local.support**2
     stretch = (1.2 * scaled.amin(-1, keepdim=True)).clamp_min(1.0)
     left = (1 - scaled / stretch).clamp_min(0)
-    bump = left**SUPPORT_POWER
+    cube = left ** (SUPPORT_POWER - 1)
+    bump = cube * left
     total = bump.sum(-1, keepdim=True)
-    steep = -2 * SUPPORT_POWER * left ** (SUPPORT_POWER - 1) / (local.support**2 * stretch * total)
-    slope = steep[..., None] * apart
-    share = bump / total
-    return share, slope - share[..., None] * slope.sum(1, keepdim=True)
+    return bump / total, -2 * SUPPORT_POWER * cube / (local.support**2 * stretch * total)
 
 
 @dataclass(frozen=True)
@@ -125,43 +152,68 @@ class Blend:
         off: F(y), how far y is off the manifold; normal.
         basis: an orthonormal basis of the range of Π(y).
         share: the weights.
-        columns: with `rows`, factors of J = I − ∂G.
-        rows: the other factor.
+        image: v ↦ J v, J = I − ∂G.
     """
 
     off: Float[Tensor, "b r"]
     basis: Float[Tensor, "b r d"]
     share: Float[Tensor, "b k"]
-    columns: Float[Tensor, "b r c"]
-    rows: Float[Tensor, "b c r"]
+    image: Callable[[Tensor], Tensor]
 
     def solve(self, normal: Float[Tensor, "b r a"]) -> Float[Tensor, "b r a"]:
         """The normal s with (I − (I − Π) J) s = n, J = I − ∂G: a short series, for J is small there."""
         found = normal
         for _ in range(TERMS[normal.dtype]):
-            found = self.columns @ (self.rows @ found)
+            found = self.image(found)
             found = normal + found - self.basis @ (self.basis.mT @ found)
         return found
 
 
 def blend(local: Local, y: Float[Tensor, "b r"], start: Float[Tensor, "b r d"] | None = None) -> Blend:
-    """What the charts say together at y; `start` is a basis near that of Π, if one is known."""
-    share, gradient = weights(local, y)
-    apart = y[:, None] - local.centres
-    along = (apart[..., None, :] @ local.tangent)[..., 0, :]
-    rise, slope = bend_with_slope(along, local.form)
-    off = apart - (local.tangent @ along[..., None])[..., 0] - rise
-    mean = (share[..., None] * off).sum(1)[..., None]
-    # I − ∂G is a sum of products of these columns and rows.
-    count, depth, dim = local.tangent.shape[1:]
-    columns = share[..., None, None] * (local.tangent + slope)
-    columns = torch.cat([columns.transpose(1, 2).reshape(-1, depth, count * dim), -off.mT], -1)
-    rows = torch.cat([local.tangent.mT.reshape(-1, count * dim, depth), gradient], 1)
+    """What the charts say together at y; `start` is a basis near that of Π, if one is known.
+
+    With the charts as rows R, y − G is a combination of them, and so is J v: all that is computed besides
+    products with R is a few numbers for each chart.
+    """
+    share, steepness = weights(local, y)
+    dim, rows = local.dim, local.charts.flatten(1, 2)
+    along = (local.charts[..., 1 : 1 + dim, :] @ y[:, None, :, None])[..., 0] - local.offset
+    first, second = pairs(dim, y.device)
+    times = torch.where(first == second, 1.0, 2.0).to(y.dtype)
+    products = along[..., first] * along[..., second] * times
+    weighted = (local.gram @ products[..., None])[..., 0]
+    flat = (along * along).sum(-1)
+    flat = torch.where(flat > 0, flat, 1.0)
+    steep = (products * weighted).sum(-1) / flat
+    root = (1 - steep.clamp_max(STEEPEST)).sqrt()
+    bends = products / (1 + root)[..., None]
+    turning = torch.where(steep < STEEPEST, 1 / (flat * root * (1 + root) ** 2), 0.0)
+    parts = torch.cat([torch.ones_like(along[..., :1]), along, bends], -1)
+    mean = y - ((share[..., None] * parts).flatten(1)[:, None] @ rows)[:, 0]
+
+    def image(vectors: Tensor) -> Tensor:
+        seen = (rows @ vectors).unflatten(1, local.charts.shape[1:3])
+        turned = steepness[..., None] * ((y[:, None] @ vectors) - seen[..., 0, :])
+        turned = (turned - share[..., None] * turned.sum(1, keepdim=True))[:, :, None]
+        step = seen[..., 1 : 1 + dim, :]
+        change = (
+            along[..., first, None] * step[..., second, :] + along[..., second, None] * step[..., first, :]
+        )
+        change = change * times[:, None]
+        bending = (weighted[..., None] * change).sum(2) - (
+            steep[..., None] * (along[..., None] * step).sum(2)
+        )
+        change = change / (1 + root)[..., None, None]
+        change = change + products[..., None] * (turning[..., None] * bending)[:, :, None]
+        own = torch.cat([step, change], 2) * share[..., None, None]
+        own = torch.nn.functional.pad(own, (0, 0, 1, 0)) + turned * parts[..., None]
+        return rows.mT @ own.flatten(1, 2)
+
     basis = local.tangent[:, 0] if start is None else start
     for _ in range(POWERS if start is None else 1):
-        basis = orthonormal(columns @ (rows @ basis))
-    normal = mean - basis @ (basis.mT @ mean)
-    return Blend(normal[..., 0], basis, share, columns, rows)
+        basis = orthonormal(image(basis))
+    off = mean - (basis @ (basis.mT @ mean[..., None]))[..., 0]
+    return Blend(off, basis, share, image)
 
 
 def tangent_space(
@@ -172,14 +224,11 @@ def tangent_space(
     The range of Π is the kernel up to how Π itself turns with y.
     """
     vectors = orthonormal(start)
-    dim = vectors.shape[-1]
-    copies = Local(*(tensor.repeat_interleave(dim, 0) for tensor in vars(local).values()))
-    moved = torch.func.jvp(
-        lambda place: blend(copies, place).off,
-        (y.repeat_interleave(dim, 0),),
-        (vectors.mT.flatten(0, 1),),
-    )[1]
-    left = moved.unflatten(0, (-1, dim)).mT
+
+    def pushed(direction: Tensor) -> Tensor:
+        return torch.func.jvp(lambda place: blend(local, place).off, (y,), (direction,))[1]
+
+    left = torch.func.vmap(pushed, in_dims=-1, out_dims=-1)(vectors)
     return vectors - found.solve(left - found.basis @ (found.basis.mT @ left))
 
 

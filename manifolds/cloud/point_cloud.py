@@ -24,7 +24,8 @@ MEASURED = 512
 """How many samples the noise is measured on."""
 TOGETHER = 2**22
 """How many numbers of charts are gathered for the states that are projected together."""
-BUFFERS = ("middle", "frame", "centres", "tangents", "forms", "support", "extent", "shares", "near")
+BUFFERS = ("middle", "frame", "support", "extent", "shares", "near")
+SHAPES = ("centres", "tangents", "forms")
 
 
 class PointCloud(LearnedManifold, kind="point-cloud"):
@@ -50,9 +51,7 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
 
     middle: Float[Tensor, "D"]
     frame: Float[Tensor, "D r"]
-    centres: Float[Tensor, "m r"]
-    tangents: Float[Tensor, "m r d"]
-    forms: Float[Tensor, "m p r"]
+    charts: Float[Tensor, "m q r"]
     support: Float[Tensor, "m"]
     extent: Float[Tensor, "m e 2"]
     shares: Float[Tensor, "m"]
@@ -60,6 +59,8 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
 
     def __init__(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
+        parts = [tensors["centres"][:, None], tensors["tangents"].mT, tensors["forms"]]
+        self.register_buffer("charts", torch.cat(parts, 1))
         for name in BUFFERS:
             self.register_buffer(name, tensors[name])
         self.dim, self.neighbors = int(values["dim"]), int(values["neighbors"])
@@ -174,6 +175,23 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
         point = (self.middle + flat @ self.frame.mT).to(device or where, dtype or kind)
         return self._point(self.projx(point.reshape(shape)))
 
+    # The charts
+
+    @property
+    def centres(self) -> Float[Tensor, "m r"]:
+        """The centres of the charts, in coordinates of the span."""
+        return self.charts[:, 0]
+
+    @property
+    def tangents(self) -> Float[Tensor, "m r d"]:
+        """Their tangent bases."""
+        return self.charts[:, 1 : 1 + self.dim].mT
+
+    @property
+    def forms(self) -> Float[Tensor, "m p r"]:
+        """Their second fundamental forms, in the order of `manifolds.curvature.regression.pairs`."""
+        return self.charts[:, 1 + self.dim :]
+
     # What graphs over the manifold need
 
     @property
@@ -200,7 +218,8 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The numbers, and the tensors."""
         names = ("dim", "neighbors", "noise", "reach", "outliers", "curved")
-        return {name: getattr(self, name) for name in names}, {name: getattr(self, name) for name in BUFFERS}
+        tensors = {name: getattr(self, name).contiguous() for name in (*BUFFERS, *SHAPES)}
+        return {name: getattr(self, name) for name in names}, tensors
 
     @classmethod
     def rebuild(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "PointCloud":
@@ -224,7 +243,8 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
 
     def _project(self, flat: Tensor, *, exact: bool | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Foot, tangent basis, distance and `inside`, for so many states at a time that memory is bounded."""
-        rows = max(1, TOGETHER // (ACTIVE * self.forms.shape[1] * self.rank))
+        each = self.charts[0].numel() + (self.charts.shape[1] - self.dim - 1) ** 2
+        rows = max(1, TOGETHER // (ACTIVE * each))
         if len(flat) > rows:
             parts = [self._project(part, exact=exact) for part in flat.split(rows)]
             return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
@@ -236,7 +256,7 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
         return point, frame @ found.tangent, distance, inside
 
     def _foot(self, flat: Tensor, *, exact: bool | None = None) -> tuple[Foot, Local]:
-        atlas = Atlas(self.centres, self.tangents, self.forms, self.support, self.near)
+        atlas = Atlas(self.charts, self.dim, self.support, self.near)
         local, start = localise(atlas, flat, ACTIVE)
         return foot(local, start, flat, exact=exact), local
 

@@ -49,13 +49,14 @@ def test_slope_of_the_bend_is_its_derivative():
     torch.testing.assert_close(whole, whole.transpose(0, 1))
 
 
-def test_factors_of_the_blend_are_its_derivative():
+def test_image_of_the_blend_is_its_derivative():
     g = torch.Generator().manual_seed(1)
     tangent = torch.linalg.qr(torch.randn(1, 5, 4, 2, dtype=torch.float64, generator=g)).Q
     form = torch.randn(1, 5, 3, 4, dtype=torch.float64, generator=g)
     form = form - (form @ tangent) @ tangent.mT
     centres = 0.3 * torch.randn(1, 5, 4, dtype=torch.float64, generator=g)
-    local = Local(centres, tangent, form, torch.full((1, 5), 2.0, dtype=torch.float64), torch.arange(5)[None])
+    charts = torch.cat([centres[:, :, None], tangent.mT, form], 2)
+    local = Local.of(charts, 2, torch.full((1, 5), 2.0, dtype=torch.float64), torch.arange(5)[None])
     y = 0.1 * torch.randn(1, 4, dtype=torch.float64, generator=g)
 
     def mean(place):
@@ -70,7 +71,7 @@ def test_factors_of_the_blend_are_its_derivative():
 
     found = blend(local, y)
     expected = torch.eye(4, dtype=torch.float64) - torch.func.jacrev(mean)(y[0])
-    torch.testing.assert_close((found.columns @ found.rows)[0], expected)
+    torch.testing.assert_close(found.image(torch.eye(4, dtype=torch.float64)[None])[0], expected)
 
 
 def test_a_cover_leaves_no_sample_alone_and_follows_the_density():
