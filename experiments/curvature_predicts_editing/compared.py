@@ -200,9 +200,7 @@ class Result:
                 }
                 curves[name]["kl_median"] = np.median(sweep.costs[KL], axis=0).tolist()
             cells.append({**about, "curves": curves})
-        lines = [{**asdict(line), **asdict(line.ratio)} for line in self.lines]
-        for line in lines:
-            del line["ratio"]
+        lines = [asdict(line) for line in self.lines]
         return _plain(
             {
                 "settings": asdict(self.settings),
