@@ -98,7 +98,7 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
 
         >>> angle = torch.linspace(0, 2 * torch.pi, 101, dtype=torch.float64)[:-1]
         >>> circle = PointCloud.fit(torch.stack([angle.cos(), angle.sin()], 1), dim=1)
-        >>> circle.projx(torch.tensor([0.0, 1.5], dtype=torch.float64)).norm().item()
+        >>> round(circle.projx(torch.tensor([0.0, 1.5], dtype=torch.float64)).norm().item(), 9)
         1.0
         """
         check_points(points, NAME)
