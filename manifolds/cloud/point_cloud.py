@@ -139,7 +139,11 @@ class PointCloud(LearnedManifold, kind="point-cloud"):
         )
 
     def second_fundamental_form(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """II(u, v) from the charts around x, for tangent u and v."""
+        """II(u, v) from the charts around x, for tangent u and v.
+
+        It is the curvature that was fitted, not the derivative of `proju`: they agree as far as the charts
+        agree with each other, and a Hessian is second-order exact as far as that.
+        """
         x, u, v = torch.broadcast_tensors(x, u, v)
         frame, origin = self.frame.to(x.dtype), self.middle.to(x.dtype)
         flat = (x.reshape(-1, self.width) - origin) @ frame

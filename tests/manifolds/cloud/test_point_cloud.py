@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from manifolds import properties
 from manifolds.cloud.learned import LearnedManifold
 from manifolds.cloud.point_cloud import PointCloud
 from manifolds.errors import ManifoldError
@@ -248,3 +249,17 @@ def test_duplicates_a_constant_dimension_and_an_outlier_change_nothing(ball):
     torch.testing.assert_close(foot[:, 8], torch.full((20,), 5.0))
     assert cloud.outliers == 1 and cloud.noise < 1e-6
     assert not cloud.project(samples[-1]).inside
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        properties.projection_is_idempotent,
+        properties.projection_is_self_adjoint,
+        properties.tangent_dimension,
+    ],
+)
+def test_projections_of_a_torus_keep_the_promises_of_a_manifold(ring, measure):
+    x = ring.projx(torus(2, seed=11) @ frame(5)[:3])
+    found = measure(ring, x, generator=torch.Generator().manual_seed(1))
+    assert all(each.passed for each in found), [each for each in found if not each.passed]
