@@ -19,6 +19,7 @@ from geoedit.edits import (
     load_edit,
 )
 from geoedit.errors import EditError
+from geoedit.functional import functional_curvature
 from geoedit.loading import load_model
 from geoedit.shapes import ConceptShape, concept_manifold
 from geoedit.site import Site
@@ -54,6 +55,7 @@ __all__ = [
     "concept_manifold",
     "concepts",
     "diagnose",
+    "functional_curvature",
     "load_edit",
     "load_model",
     "pullback",
