@@ -39,12 +39,12 @@ DIGITS = 7
 class Learning:
     """How the trees are learned: how many, how deep, how slowly, and on how many edits at most."""
 
-    trees: int = 200
+    trees: int = 160
     depth: int = 4
     rate: float = 0.08
     smallest_leaf: int = 100
     shrinkage: float = 5.0
-    edits: int = 60_000
+    edits: int = 40_000
 
 
 def learn(
@@ -80,7 +80,6 @@ def learn(
         raise EditError(
             f"{int(success.sum())} of {len(success)} edits succeeded: trees need successes and failures."
         )
-    names = list(columns)
     chosen = np.arange(len(success))
     if len(chosen) > learning.edits:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(chosen))[: learning.edits])
@@ -88,7 +87,13 @@ def learn(
     if groups is not None:
         _, number, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
         weight = (len(success) / len(counts) / counts)[number]
-    table = np.stack([columns[column][chosen] for column in names], 1)
+    # What is not known of any edit, and what is beyond all numbers, cannot be asked about.
+    usable = {key: np.where(np.isfinite(column), column, np.nan)[chosen] for key, column in columns.items()}
+    names = [column for column, numbers in usable.items() if not np.isnan(numbers).all()]
+    if not names:
+        rate = float((weight * success).sum() / weight.sum())
+        return Trees(name, needs, math.log(rate / (1 - rate)), ())
+    table = np.stack([usable[column] for column in names], 1)
     booster = HistGradientBoostingClassifier(
         max_iter=learning.trees,
         max_depth=learning.depth,

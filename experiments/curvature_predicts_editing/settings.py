@@ -47,9 +47,9 @@ class Settings:
     models: tuple[str, ...] = ("almanac-gpt2", "almanac-llama")
     concepts: tuple[str, ...] = ALMANAC
     scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
-    pairs: int = 10
-    sentences: int = 6
-    max_prompts: int = 400
+    pairs: int = 8
+    sentences: int = 5
+    max_prompts: int = 300
     resamples: int = 400
     seed: int = 0
     learning: Learning = field(default_factory=Learning)
@@ -64,11 +64,11 @@ class Settings:
             models=("almanac-gpt2",),
             concepts=("weekdays", "sizes", "country-capital"),
             scales=(0.5, 1.0, 2.0),
-            pairs=6,
-            sentences=4,
-            max_prompts=100,
-            resamples=50,
-            learning=Learning(trees=60, depth=3, smallest_leaf=50, edits=5_000),
+            pairs=4,
+            sentences=3,
+            max_prompts=60,
+            resamples=20,
+            learning=Learning(trees=30, depth=3, smallest_leaf=30, edits=2_000),
             parts=(),
             folder=folder,
         )
