@@ -169,14 +169,15 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
 
         `inside` is false where the nearest point is an end and the state lies beyond it by more than twice
         the noise; outside the hull of the coordinates; and where the state is farther than the reach,
-        measured in the span of the path, as what is normal to all of it does not change the foot.
+        measured in the span of the path, as what is normal to all of it does not change the foot. A state
+        that is not finite has the foot NaN.
         """
         flat, parts = self._flat(x)
         y = (flat - parts.centre) @ parts.frame
         found = nearest(parts.shape, parts.table, y)
         value, first = parts.shape.derivatives(found.coordinate, 1)
         basis = orthonormal(first)
-        foot = parts.centre + value @ parts.frame.mT
+        foot = _where_finite(flat, parts.centre + value @ parts.frame.mT)
         batch = x.shape[:-1]
         return Projection(
             foot.reshape(x.shape).to(x.dtype),
@@ -192,11 +193,16 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
         t = nearest(parts.shape, parts.table, (flat - parts.centre) @ parts.frame).coordinate
         _, first, second = parts.shape.derivatives(t, 2)
         pairs = [w.reshape(-1, self.width, 1) for w in (u, v)]
-        a, b = (torch.linalg.lstsq(first, parts.frame.mT @ w).solution[..., 0] for w in pairs)
+        # No least-squares routine: it would stop the whole batch at one state that is not finite.
+        basis, triangle = torch.linalg.qr(first)
+        a, b = (
+            torch.linalg.solve_triangular(triangle, basis.mT @ (parts.frame.mT @ w), upper=True)[..., 0]
+            for w in pairs
+        )
         bend = torch.einsum("brij,bi,bj->br", second, a, b)
         basis = orthonormal(first)
         bend = bend - (basis @ (basis.mT @ bend[..., None]))[..., 0]
-        return (bend @ parts.frame.mT).reshape(x.shape)
+        return _where_finite(flat, bend @ parts.frame.mT).reshape(x.shape)
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a file must hold to make the path again."""
@@ -293,3 +299,8 @@ def orthonormal(first: Float[Tensor, "b r q"]) -> Float[Tensor, "b r q"]:
         size = frobenius_norm(column, 1, keepdim=True)
         columns.append(column / torch.where(size > 0, size, 1.0))
     return torch.stack(columns, -1)
+
+
+def _where_finite(states: Float[Tensor, "b D"], found: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+    """What was found for each state, and NaN for a state that is not finite."""
+    return torch.where(states.isfinite().all(-1, keepdim=True), found, torch.nan)

@@ -10,6 +10,7 @@ from torch import Tensor
 from manifolds.base import RiemannianSubmanifold
 from manifolds.cloud.path_cloud import PathCloud
 from manifolds.errors import ManifoldError
+from manifolds.operations import unchecked
 
 DOUBLE = torch.float64
 
@@ -231,3 +232,19 @@ def test_bad_input_is_named() -> None:
         path.project(torch.ones(2, 4, dtype=DOUBLE))
     with pytest.raises(ManifoldError, match="shape"):
         path.at(torch.ones(2, 2, dtype=DOUBLE))
+
+
+def test_a_state_that_is_not_finite_stays_alone_in_its_batch(device):
+    grid = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1).reshape(-1, 2)
+    bowl = torch.cat([grid, (grid * grid).sum(1, keepdim=True) / 4], 1).double().to(device)
+    labels = torch.arange(16, device=device).repeat_interleave(2)
+    manifold = PathCloud.fit(bowl[labels], labels, coordinates=grid.double().to(device))
+    with unchecked():
+        states = bowl[5:8] + 0.01
+        alone = manifold.project(states), manifold.second_fundamental_form(states, states, states)
+        states[1, 0] = torch.nan
+        found = manifold.project(states), manifold.second_fundamental_form(states, states, states)
+    for ours, theirs in ((found[0].foot, alone[0].foot), (found[1], alone[1])):
+        assert ours[1].isnan().all()
+        torch.testing.assert_close(ours[[0, 2]], theirs[[0, 2]])
+    assert found[0].inside.tolist()[1] is False
