@@ -16,7 +16,7 @@ TEST_STAMP := $(VENV)/.installed-test
 .PHONY: help demo test lint docs unit figures clean
 
 help:
-	@echo "make demo     diagnose the months of the built-in model and apply the edits; ends by naming the page"
+	@echo "make demo     a slice of the study, then the months of the built-in model diagnosed and edited; ends by naming the page"
 	@echo "make test     lint, types, floors, docs, tests and doctests"
 	@echo "make lint     ruff, mypy and import-linter only"
 	@echo "make unit     pytest only"
@@ -46,6 +46,8 @@ $(TEST_STAMP): pyproject.toml constraints.txt
 	@touch $(RUN_STAMP) $@
 
 demo: $(RUN_STAMP)
+	@echo "a slice of the study: are edits foreseen on concepts that the odds have not seen? (under a minute)"
+	@$(BIN)/python -m experiments.curvature_predicts_editing --small $(OUT)/study
 	@$(BIN)/geoedit diagnose --concept months --apply --out $(OUT)
 
 # Every step runs even if an earlier one failed, and pytest comes last, so that its summary is what one reads.
