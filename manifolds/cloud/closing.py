@@ -24,6 +24,8 @@ SECOND = 1.1
 """How much longer the steps over one class must be than the closing one, in squares."""
 MISSED = 4.0
 """How many times as far as others the end classes may lie from the closed path without them."""
+SAME = 1e-5
+"""The share of the usual step that is no step: the classes are one."""
 FEWEST = 7
 """The fewest classes that putting together leaves."""
 
@@ -125,7 +127,7 @@ def _missed(means: Tensor, variance: Tensor, directions: float, usual: float) ->
     """
     count = len(means)
     chords = (means - means.roll(-1, 0)).square().sum(-1).sqrt()
-    if count < 5 or not bool((chords > 0).all()):
+    if count < 5 or not bool((chords > SAME * chords.mean()).all()):
         return 1.0
     breaks = torch.cat([chords.new_zeros(1), chords.cumsum(0)])
     tried = torch.linspace(0, count - 1, min(count, 16), device=means.device).round().long().tolist()

@@ -109,7 +109,8 @@ def nearest(shape: Curve | Sheet, table: Table, y: Float[Tensor, "b r"]) -> Near
             found = torch.where(free, torch.minimum(torch.maximum(found, table.low), table.high), found)
     if table.closed:
         found = table.low + torch.remainder(found - table.low, table.high - table.low)
-    return Nearest(found, free)
+    # No place is nearest to what is not finite.
+    return Nearest(torch.where(y.detach().isfinite().all(-1, keepdim=True), found, torch.nan), free)
 
 
 def _searched(shape: Curve | Sheet, table: Table, y: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def _on_curve(shape: Curve, table: Table, y: Tensor) -> Tensor:
     apart = right - left
     t = low + (high - low) * (-left / torch.where(apart > 0, apart, 1.0)).clamp(0, 1)
     b, k = t.shape
-    wide = y[:, None].expand(b, k, y.shape[1]).reshape(b * k, -1)
+    wide = y[:, None].expand(b, k, y.shape[1]).reshape(b * k, y.shape[1])
     t, low, high = t.flatten(), low.flatten(), high.flatten()
     for _ in range(STEPS):
         value, first, second = shape.derivatives(t[:, None], 2)
@@ -161,7 +162,7 @@ def _on_curve(shape: Curve, table: Table, y: Tensor) -> Tensor:
     t = torch.where(score.gather(1, index).isfinite(), t.reshape(b, k), places[level.argmin(1)][:, None])
     ends = places[[0, -1]].expand(b, 2)
     tried = torch.cat([t, ends, places[level.argmin(1)][:, None]], 1)
-    value = shape.derivatives(tried.reshape(-1, 1), 0)[0].reshape(b, tried.shape[1], -1)
+    value = shape.derivatives(tried.reshape(-1, 1), 0)[0].reshape(b, tried.shape[1], y.shape[1])
     best = (value - y[:, None]).square().sum(-1).argmin(1, keepdim=True)
     return tried.gather(1, best)
 
@@ -171,7 +172,7 @@ def _on_sheet(shape: Sheet, table: Table, y: Tensor) -> Tensor:
     index = level.topk(3, dim=1, largest=False).indices
     b, k = index.shape
     t = table.places[index].flatten(0, 1)
-    wide = y[:, None].expand(b, k, y.shape[1]).reshape(b * k, -1)
+    wide = y[:, None].expand(b, k, y.shape[1]).reshape(b * k, y.shape[1])
     damping = t.new_zeros(b * k)
     still = torch.finfo(t.dtype).eps ** 0.5 * (table.high - table.low)
     least = (shape.derivatives(t, 0)[0] - wide).square().sum(-1)
@@ -196,4 +197,4 @@ def _on_sheet(shape: Sheet, table: Table, y: Tensor) -> Tensor:
         if readable(y) and bool(settled.all()):
             break
     best = least.reshape(b, k).argmin(1)
-    return t.reshape(b, k, -1)[torch.arange(b, device=t.device), best]
+    return t.reshape(b, k, shape.q)[torch.arange(b, device=t.device), best]

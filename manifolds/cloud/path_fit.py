@@ -11,7 +11,7 @@ from scipy.spatial import ConvexHull, QhullError
 from torch import Tensor
 
 from manifolds.base import frobenius_norm
-from manifolds.cloud.closing import decide_closing
+from manifolds.cloud.closing import SAME, decide_closing
 from manifolds.cloud.nearest import Table, nearest, tabulate
 from manifolds.cloud.neighbours import check_points
 from manifolds.cloud.splines import Curve, Sheet, curves, sheets, smooth
@@ -67,8 +67,11 @@ def fit_path(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `PathCloud` is made of; see `PathCloud.fit`."""
     check_points(points, "PathCloud.fit")
+    if closed is not None and not isinstance(closed, (bool, np.bool_)):
+        raise ManifoldError(f"PathCloud.fit: closed is {closed!r}; give True, False or None")
     points = widened(points.detach())
     count = _check_labels(points, labels)
+    labels, closed = labels.long(), closed if closed is None else bool(closed)
     classes = summarise(points, labels, count)
     given = _check_coordinates(coordinates, count)
     evidence = None
@@ -88,6 +91,8 @@ def fit_path(
             raise ManifoldError(
                 f"PathCloud.fit: a closed curve needs at least 3 classes, and there are {count}"
             )
+        if closed:
+            _check_closing_step(classes.means)
         breaks = _breaks(given, steps, closed)
         family, places = curves(breaks, closed), breaks[:count, None]
     shift = classes.means.mean(0)
@@ -153,16 +158,16 @@ def _check_labels(points: Tensor, labels: Tensor) -> int:
         )
     if int(labels.min()) < 0:
         raise ManifoldError(f"PathCloud.fit: a label is {int(labels.min())}; classes count from 0")
-    counts = labels.bincount()
-    if not bool(counts.all()):
-        empty = int((counts == 0).nonzero()[0])
+    found, count = labels.unique(), int(labels.max()) + 1
+    if len(found) < count:
+        empty = int((found != torch.arange(len(found), device=found.device)).nonzero()[0])
         raise ManifoldError(
-            f"PathCloud.fit: class {empty} of {len(counts)} has no sample; number the classes 0 to c − 1 "
+            f"PathCloud.fit: class {empty} of {count} has no sample; number the classes 0 to c − 1 "
             "in the order of the path"
         )
-    if len(counts) < 2:
+    if count < 2:
         raise ManifoldError("PathCloud.fit: there is one class; a path needs at least 2, a loop 3")
-    return len(counts)
+    return count
 
 
 def _check_coordinates(coordinates: Tensor | None, count: int) -> np.ndarray | None:
@@ -265,14 +270,20 @@ def _steps(classes: Classes) -> np.ndarray:
     return torch.maximum(drawn, 0.1 * torch.minimum(level, square)).sqrt().cpu().numpy()
 
 
+def _check_closing_step(means: Tensor) -> None:
+    """Refuses a loop whose last class is its first again: the way between them has no length."""
+    square = (means.roll(-1, 0) - means).square().sum(-1)
+    if not bool(square[-1] > SAME**2 * square.mean()):
+        raise ManifoldError(
+            "PathCloud.fit: the first and the last class have the same mean; put them into one, as a loop "
+            "comes back to the first by itself, or give closed=False"
+        )
+
+
 def _breaks(given: np.ndarray | None, steps: np.ndarray, closed: bool) -> np.ndarray:
     """The coordinates of the classes on a curve, and where a closed one comes back to the first."""
     if given is None:
         breaks = np.concatenate([[0.0], np.cumsum(steps)])
-        if closed and not steps[-1] > 0:
-            raise ManifoldError(
-                "PathCloud.fit: the first and the last class have the same mean; put them into one"
-            )
         return breaks if closed else breaks[:-1]
     breaks = given[:, 0]
     if not closed:
