@@ -84,7 +84,7 @@ def rebuild_manifold(description: Any, tensors: Mapping[str, Tensor]) -> geoopt.
         manifold = KNOWN[str(known)][0](**values)
         manifold.load_state_dict(dict(tensors))
         return manifold
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise EditError(f"The manifold {learned or known} cannot be made again: {error!r}.") from error
 
 

@@ -74,5 +74,5 @@ def read_manifold(
         raise ManifoldError(f"{source} holds a {found.__name__}; read it with {found.__name__}.load")
     try:
         return found.rebuild(json.loads(metadata["values"]), tensors)
-    except (KeyError, ValueError) as missing:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as missing:
         raise ManifoldError(f"{source} lacks what a {found.__name__} is made of: {missing}") from missing
