@@ -66,6 +66,20 @@ def unchecked() -> Iterator[None]:
         _local.quiet -= 1
 
 
+def precise(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with autocast off, where it is on: products of float32 would be taken in half precision."""
+
+    @functools.wraps(method)
+    def run(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
+        kind = x.device.type
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(kind):
+            return method(self, x, *args, **options)
+        with torch.autocast(kind, enabled=False):
+            return method(self, x, *args, **options)
+
+    return run
+
+
 def operation(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method with its arguments checked and half precision computed in float32."""
     if getattr(method, "_is_operation", False):
@@ -80,6 +94,10 @@ def operation(method: Callable[..., Any]) -> Callable[..., Any]:
         half = _agree(self, name, tensors)
         if torch.compiler.is_compiling():
             return _compute(method, self, args, options, half)
+        kind = next(iter(tensors.values())).device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return run(self, *args, **options)
         outside = not _local.quiet
         if outside:
             _check_values(self, name, tensors)

@@ -62,7 +62,8 @@ class Arcs:
 
 def measure(places: Float[Tensor, "g"], speed: Speed) -> Arcs:
     """The lengths of a curve between these places."""
-    with torch.no_grad():
+    off = torch.autocast(places.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), off:  # they are kept, and used for gradients later
         parts = _length(speed, places[:-1], places[1:])
         return Arcs(places, torch.cat([parts.new_zeros(1), parts.cumsum(0)]), speed)
 

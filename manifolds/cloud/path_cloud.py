@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manifolds.base import frobenius_norm, plain
 from manifolds.cloud.closing import Closing
+from manifolds.cloud.kept import usable
 from manifolds.cloud.learned import Projection
 from manifolds.cloud.nearest import Nearest, nearest
 from manifolds.cloud.path_curvature import Noise, PathCurvature, path_curvature
@@ -17,7 +18,7 @@ from manifolds.cloud.path_fit import fit_path
 from manifolds.cloud.path_lengths import CURVE, SHEET, MeasuredPath, Parts
 from manifolds.cloud.splines import Curve
 from manifolds.errors import ManifoldError
-from manifolds.operations import widened
+from manifolds.operations import precise, widened
 
 SHARED = (
     "means", "knots", "coordinates", "spread", "standard_error", "centre", "frame", "covariance",
@@ -67,7 +68,7 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
         if missing:
             raise ManifoldError(f"PathCloud: the tensors {missing} are missing; the file is not whole")
         for name in (*names, "outliers"):
-            self.register_buffer(name, tensors[name])
+            self.register_buffer(name, usable(tensors[name]))
         for name in NUMBERS:
             setattr(self, name, float(values[name]))
         self.width = self.means.shape[-1]
@@ -133,12 +134,14 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
         """The second derivative of the points in the coordinates."""
         return self._derivative(coordinate, 2)
 
+    @precise
     def coordinate(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch q"]:
         """The coordinates of the feet of states."""
         flat, parts = self._flat(x)
         found = nearest(parts.shape, parts.table, (flat - parts.centre) @ parts.frame).coordinate
         return found.reshape(*x.shape[:-1], self.q).to(x.dtype)
 
+    @precise
     def curvature(self, coordinate: Float[Tensor, "*batch 1"]) -> PathCurvature:
         """The curvature of a curve, with its standard error and whether the samples tell it.
 
@@ -164,6 +167,7 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
 
     # What makes it a learned manifold
 
+    @precise
     def project(self, x: Float[Tensor, "*batch D"]) -> Projection:
         """The nearest point of the path to each state; exact, and differentiable twice in x.
 
@@ -186,6 +190,7 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
             self._inside(parts, found, y - value, basis).reshape(batch),
         )
 
+    @precise
     def second_fundamental_form(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """The normal part of the second derivative of the path along u and v."""
         x, u, v = torch.broadcast_tensors(x, u, v)
@@ -230,6 +235,10 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
         self._parts = {}
         return super()._apply(*args, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: not what can be computed again."""
+        return {**self.__dict__, "_parts": {}}
+
     def _check_shape(self, shape: Any, name: str) -> tuple[bool, str | None]:
         if len(shape) >= 1 and shape[-1] == self.width:
             return True, None
@@ -271,6 +280,7 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
             t = torch.minimum(torch.maximum(t, low), high)
         return t, parts
 
+    @precise
     def _derivative(self, coordinate: Tensor, order: int) -> Tensor:
         t, parts = self._coordinates(coordinate)
         found = parts.shape.derivatives(t, order)[order]

@@ -30,14 +30,18 @@ class Parts:
         def get(name: str) -> Tensor:
             return getattr(path, name).to(dtype)
 
-        self.centre, self.frame, self.hull = get("centre"), get("frame"), get("hull")
-        self.shape: Curve | Sheet
-        if path.power is None:
-            self.shape = Curve(*(get(name) for name in CURVE))
-        else:
-            self.shape = Sheet(**{name: get(name) for name in SHEET}, power=path.power)
-        self.table: Table = tabulate(self.shape, path.closed)
-        self.coarse: Table = tabulate(self.shape, path.closed, LINKED)
+        # It is kept: made in inference mode it could not be used for gradients later, and made under autocast
+        # it would have lost its digits.
+        off = torch.autocast(path.means.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), off:
+            self.centre, self.frame, self.hull = get("centre"), get("frame"), get("hull")
+            self.shape: Curve | Sheet
+            if path.power is None:
+                self.shape = Curve(*(get(name) for name in CURVE))
+            else:
+                self.shape = Sheet(**{name: get(name) for name in SHEET}, power=path.power)
+            self.table: Table = tabulate(self.shape, path.closed)
+            self.coarse: Table = tabulate(self.shape, path.closed, LINKED)
         self.arcs: Arcs | None = None
         self.size = float((self.table.values - self.table.values.mean(0)).square().sum(-1).mean().sqrt())
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from manifolds.cloud.kept import in_single
 from manifolds.cloud.neighbours import check_points, nearest_neighbours
 from manifolds.errors import ManifoldError
 from manifolds.operations import widened
@@ -73,9 +74,13 @@ class SampledMetric(nn.Module):
             bandwidth = _spacing(anchors)
         if not (bandwidth > 0 and math.isfinite(bandwidth)):
             raise ManifoldError(f"SampledMetric: bandwidth is {bandwidth}; it must be a finite number > 0")
-        self.register_buffer("anchors", widened(anchors.detach()).clone())
-        self.register_buffer("factors", widened(factors.detach()).clone())
+        with torch.inference_mode(False):  # they are kept, and used for gradients later
+            self.register_buffer("anchors", widened(anchors.detach()).clone())
+            self.register_buffer("factors", widened(factors.detach()).clone())
         self.damping, self.bandwidth = float(damping), float(bandwidth)
+
+    def _apply(self, fn: Any, *args: Any, **options: Any) -> Any:
+        return super()._apply(in_single(fn), *args, **options)
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a file must hold to make the metric again."""

@@ -116,6 +116,17 @@ def test_a_curve_is_measured_in_its_metric_and_saved_with_it(tmp_path: object) -
     assert float(line.dist(x, y)) == pytest.approx(2.0, rel=1e-9)
 
 
+def test_the_metric_outlives_inference_mode_and_half_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchors, factors = (torch.randn(*shape, generator=generator) for shape in ((5, 3), (5, 2, 3)))
+    x = torch.randn(4, 3, generator=generator, requires_grad=True)
+    expected = SampledMetric(anchors, factors).inner(x, x, x)
+    with torch.inference_mode():
+        metric = SampledMetric(anchors, factors)
+    metric.inner(x, x, x).sum().backward()
+    torch.testing.assert_close(metric.bfloat16().inner(x, x, x), expected, rtol=0, atol=0)
+
+
 def test_bad_input_is_named() -> None:
     anchors, factors = torch.rand(5, 3), torch.rand(5, 2, 3)
     with pytest.raises(ManifoldError, match="NaN"):
