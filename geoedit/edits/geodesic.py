@@ -18,6 +18,7 @@ from geoedit.errors import EditError
 from geoedit.fingerprint import Fingerprint
 from geoedit.site import Site
 from manifolds.cloud.learned import LearnedManifold
+from manifolds.errors import NoPathError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,7 +46,8 @@ class GeodesicSteer(ManifoldEdit, kind="geodesic-steer"):
 
     Raises:
         EditError: neither a target nor a direction is given, or both; one is no vector, not floating-point,
-            or holds NaN; the manifold holds no vectors, lacks geodesics, or has another width than the site.
+            or holds NaN; the manifold holds no vectors, lacks geodesics, or has another width than the site;
+            when running, no way leads from some state to the target (the message names its row).
 
     Source: do Carmo, Riemannian geometry (1992), chapter 3. Paths of a pulled-back metric: Arvanitidis et al.
     2022, Pulling back information geometry.
@@ -145,8 +147,7 @@ class GeodesicSteer(ManifoldEdit, kind="geodesic-steer"):
         near = negligible(size_of(ends - feet.points), size_of(ends))
         at.note("the foot of the state is that of the target", near)
         if isinstance(self.manifold, LearnedManifold):
-            path = self.manifold.geodesic(feet.points, ends, points=self.points)
-            points = on_path(self.manifold, path, at.scale)
+            points = on_path(self.manifold, self._paths(self.manifold, feet, ends, at), at.scale)
         else:
             toward = self.manifold.logmap(feet.points, ends)
             at.note(
@@ -156,6 +157,25 @@ class GeodesicSteer(ManifoldEdit, kind="geodesic-steer"):
             )
             points = self.manifold.expmap(feet.points, at.scale * toward)
         return points, near | lost(at.scale * size_of(ends - feet.points)[:, None], feet.points)
+
+    def _paths(self, manifold: LearnedManifold, feet: Feet, ends: Tensor, at: Selected) -> Tensor:
+        """The shortest paths to the ends, of states that are edited; others are not asked for a way.
+
+        Raises:
+            EditError: there is none for some; the message names their rows.
+        """
+        asked = feet.points.isfinite().all(-1)
+        if self.outside == "leave":
+            asked = asked & feet.inside
+        try:
+            return manifold.geodesic(torch.where(asked[:, None], feet.points, ends), ends, points=self.points)
+        except NoPathError as error:
+            rows = at.rows[error.items].unique().tolist()
+            more = "" if self.outside == "leave" else "; outside='leave' leaves states off the samples alone"
+            raise EditError(
+                f"{self}: no way to the target in {'row' if len(rows) == 1 else 'rows'} "
+                f"{', '.join(map(str, rows))} of a batch of {at.batch}: {error}{more}."
+            ) from error
 
 
 def on_path(
@@ -177,7 +197,10 @@ def on_path(
     near = path.gather(1, (first + nodes).long()[..., None].expand(-1, -1, path.shape[2]))
     at = inner - first
     here = ((at**nodes) @ powers)[:, None] @ near
-    here = torch.where((inner == 0) | (inner == count), _ends(path, inner), manifold.projx(here[:, 0]))
+    here = manifold.projx(here[:, 0])
+    # At an end to the bit, with the derivative of the formula: a scale may be learned from 0 or from 1.
+    exact = _ends(path, inner).detach() + (here - here.detach())
+    here = torch.where((inner == 0) | (inner == count), exact, here)
     if not isinstance(scale, Tensor) and 0 <= scale <= 1:
         return here
     slope = torch.cat([torch.zeros_like(at), nodes[1:] * at ** nodes[:-1]], 1) @ powers

@@ -330,6 +330,7 @@ def exponential(
     """
     if steps is None:
         far = float(frobenius_norm(u.detach(), 1).max()) if len(u) else 0.0
+        far = far if math.isfinite(far) else 0.0  # such a state ends nowhere, in any number of steps
         turn = far / manifold.reach if manifold.reach > 0 else math.inf
         if manifold.metric is not None:  # a metric cannot change faster than its anchors tell
             turn = max(turn, far / manifold.metric.bandwidth * ANGLE)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifolds.base import frobenius_norm, safe_sqrt
 from manifolds.cloud.neighbours import nearest_neighbours
-from manifolds.errors import ManifoldError
+from manifolds.errors import ManifoldError, NoPathError
 
 if TYPE_CHECKING:
     from manifolds.cloud.learned import LearnedManifold
@@ -46,10 +46,11 @@ def through_graph(
     ways = far[row[:, None], first] + starts.distances.cpu().double().numpy()
     if not np.isfinite(ways.min(1)).all():
         lost = np.flatnonzero(~np.isfinite(ways.min(1)))
-        raise ManifoldError(
+        raise NoPathError(
             f"{manifold.name}.geodesic: no way through the samples leads from x to y in {len(lost)} of "
             f"{len(x)} pairs, first in item {lost[0]}: they lie on separate pieces of the manifold; fit it "
-            "with more samples between, or with more neighbours"
+            "with more samples between, or with more neighbours",
+            lost.tolist(),
         )
     place = first[np.arange(len(first)), ways.argmin(1)]
     stops = [place]

@@ -20,8 +20,9 @@ from manifolds.base import RiemannianSubmanifold, plain, safe_sqrt
 from manifolds.cloud import geodesics
 from manifolds.cloud.geodesics import ShortestPath
 from manifolds.cloud.io import read_manifold, write_manifold
+from manifolds.cloud.kept import in_single
 from manifolds.cloud.sampled_metric import SampledMetric
-from manifolds.errors import ManifoldError, MissingOperationError
+from manifolds.errors import ManifoldError, MissingOperationError, NoPathError
 from manifolds.operations import operation
 
 FINE = 33
@@ -113,6 +114,9 @@ class LearnedManifold(RiemannianSubmanifold):
                 class that is asked.
         """
         return read_manifold(cls, path, device)
+
+    def _apply(self, fn: Any, *args: Any, **options: Any) -> Any:
+        return super()._apply(in_single(fn), *args, **options)
 
     def dimension(self, point: Tensor | Sequence[int]) -> int:
         """The dimension of the manifold, whatever the point."""
@@ -207,12 +211,13 @@ class LearnedManifold(RiemannianSubmanifold):
 
     def _found(self, name: str, x: Tensor, y: Tensor, points: int) -> ShortestPath:
         found = self.shortest_path(x, y, points)
-        if bool((found.residual > ROUGH).any()):
-            rough = found.residual > ROUGH
-            raise ManifoldError(
+        rough = ~(found.residual <= ROUGH)
+        if bool(rough.any()):
+            raise NoPathError(
                 f"{self.name}.{name}: no shortest path was found for {int(rough.sum())} of {rough.numel()} "
                 f"pairs (largest residual {float(found.residual.max()):.1g}); the manifold is rough there: "
-                "fit it with more samples, or see shortest_path"
+                "fit it with more samples, or see shortest_path",
+                rough.flatten().nonzero()[:, 0].tolist(),
             )
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import geoopt
@@ -19,6 +20,7 @@ from geoedit.errors import EditError
 from geoedit.site import Site
 from geoedit.tokens import spellings
 from manifolds.cloud.learned import LearnedManifold, Projection
+from manifolds.errors import NoPathError
 
 WIDTH = 32
 IDS = torch.tensor([[11, 12, 13, 14], [21, 22, 23, 24], [31, 32, 33, 34]])
@@ -482,6 +484,49 @@ def test_gradients_reach_states_directions_targets_and_scales(residual, tiny_gpt
     assert all(float(grad.norm()) > 1e-6 for grad in torch.autograd.grad(loss(*values), values))
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.0])
+def test_a_scale_is_learned_from_the_ends_of_the_way(start, tiny_gpt2) -> None:
+    model, base = tiny_gpt2.double(), ring()
+    circle = Ring(base.frame.double(), base.centre.double())
+
+    def loss(scale: Tensor) -> Tensor:
+        with GeodesicSteer(SITE, circle, W.double(), scale=scale).on(model, must_change=False):
+            return model(IDS).logits[:, -1].log_softmax(-1)[:, 5].sum()
+
+    scale = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(scale), scale)
+    with torch.no_grad():
+        quotient = (loss(scale + 1e-3) - loss(scale - 1e-3)) / 2e-3
+    assert abs(float(slope)) > 1e-3
+    torch.testing.assert_close(slope, quotient, rtol=1e-2, atol=1e-6)
+
+
+def test_an_edit_is_learned_after_inference_mode(shared_gpt2) -> None:
+    points = ring().at(torch.arange(48) * (2 * math.pi / 48))
+    path = manifolds.PathCloud.fit(points, torch.arange(48) // 4)
+    direction = V.clone().requires_grad_()
+    edit = GeodesicSteer(SITE, path, W, scale=0.5) + TangentSteer(SITE, path, direction, scale=0.1)
+    with torch.inference_mode(), edit.on(shared_gpt2):
+        expected = shared_gpt2(IDS).logits
+    with edit.on(shared_gpt2):
+        found = shared_gpt2(IDS).logits
+        found[:, -1, 5].sum().backward()
+    assert torch.equal(found, expected) and float(direction.grad.norm()) > 1e-3
+
+
+def test_a_path_keeps_its_digits_at_work_in_a_narrower_model(shared_gpt2) -> None:
+    """A path fitted in double precision does in a model of float32 what it does there by itself."""
+    points = ring().at(torch.arange(48) * (2 * math.pi / 48))
+    path = manifolds.PathCloud.fit(points.double(), torch.arange(48) // 4)
+    states = read(shared_gpt2)[:, -1]
+    after = read_edited(shared_gpt2, GeodesicSteer(SITE, path, W, residual="drop"))[:, -1]
+    assert torch.equal(after, path.projx(W).expand_as(after)) and path.knots.dtype == torch.float64
+    after = read_edited(shared_gpt2, TangentSteer(SITE, path, V, scale=0.2, residual="drop"))[:, -1]
+    feet = path.projx(states)
+    expected = path.retr(feet, 0.2 * path.proju(feet, V.expand_as(feet)))
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+
+
 def test_a_direction_is_learned_from_zero(shared_gpt2) -> None:
     direction = torch.zeros(WIDTH, requires_grad=True)
     before = read(shared_gpt2)
@@ -556,6 +601,35 @@ def test_opposite_points_are_named(shared_gpt2) -> None:
     edit = Patch(SITE, -W) + GeodesicSteer(SITE, SPHERE, W)
     with pytest.raises(EditError, match=r"NaN.*no shortest geodesic on Sphere.*opposite"):
         read_edited(shared_gpt2, edit)
+
+
+class Broken(Line):
+    """A line in two pieces: no way leads from one side of the origin to the other."""
+
+    def project(self, x: Tensor) -> Projection:
+        found = super().project(x)
+        return replace(found, inside=found.distance < 1)
+
+    def geodesic(self, x: Tensor, y: Tensor, points: int = 17) -> Tensor:
+        apart = (x @ self.direction) * (y @ self.direction) < 0
+        if bool(apart.any()):
+            raise NoPathError("Broken: no way", apart.nonzero()[:, 0].tolist())
+        return super().geodesic(x, y, points)
+
+
+def test_rows_without_a_way_to_the_target_are_named(shared_gpt2) -> None:
+    states = read(shared_gpt2)[:, -1]
+    one, two, _ = states / states.norm(dim=-1, keepdim=True)
+    goal = one - two  # the first row lies on the target's side, the second does not
+    line = Broken(goal)
+    rows = ", ".join(str(i) for i in range(3) if states[i] @ goal < 0)
+    assert "0" not in rows and "1" in rows
+    with pytest.raises(EditError, match=f"no way to the target in rows? {rows} of a batch of 3.*'leave'"):
+        read_edited(shared_gpt2, GeodesicSteer(SITE, line, goal))
+    edit = GeodesicSteer(SITE, line, goal, outside="leave")  # far from the line are all, and none is asked
+    before = read(shared_gpt2)
+    with edit.on(shared_gpt2, must_change=False):
+        assert torch.equal(read(shared_gpt2), before)
 
 
 @pytest.mark.parametrize(
