@@ -152,7 +152,7 @@ def test_the_path_moves_with_its_ends() -> None:
 
 
 def test_a_rolled_up_sheet_is_flat() -> None:
-    grid = torch.cartesian_prod(torch.linspace(0, 4, 13, dtype=DOUBLE), torch.linspace(0, 2, 6, dtype=DOUBLE))
+    grid = torch.cartesian_prod(torch.linspace(0, 4, 9, dtype=DOUBLE), torch.linspace(0, 2, 4, dtype=DOUBLE))
 
     def roll(t: Tensor) -> Tensor:  # around a cylinder of radius one: an isometry
         return torch.stack([t[..., 0].cos(), t[..., 0].sin(), t[..., 1], 0 * t[..., 0]], -1)
@@ -160,7 +160,7 @@ def test_a_rolled_up_sheet_is_flat() -> None:
     sheet = PathCloud.fit(roll(grid), torch.arange(len(grid)), coordinates=grid)
     ends = torch.tensor([[[0.3, 0.2], [3.7, 1.8]], [[2.0, 0.3], [2.2, 1.5]]], dtype=DOUBLE)
     x, y = (sheet.projx(roll(each)) for each in ends.unbind(1))
-    found = sheet.shortest_path(x, y)
+    found = sheet.shortest_path(x, y, 9)
     torch.testing.assert_close(found.length, (ends[:, 1] - ends[:, 0]).norm(dim=-1), rtol=5e-3, atol=0)
 
 
@@ -184,7 +184,7 @@ def test_along_a_circle_in_closed_form(device: torch.device) -> None:
     torch.testing.assert_close(carried.norm(dim=-1), away.abs(), rtol=1e-5, atol=0)
     torch.testing.assert_close(loop.expmap(end, -carried), x, atol=1e-12, rtol=0)
     start = (1.1 * x).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: loop.dist(loop.projx(z), y), (start,))
+    assert torch.autograd.gradcheck(lambda z: loop.dist(loop.projx(z), y), (start,), fast_mode=True)
 
 
 def test_the_ends_of_an_open_curve_hold() -> None:

@@ -1,6 +1,7 @@
 """Paths through class means against circles, arcs, helices and spheres, brute force and autograd."""
 
 import copy
+import functools
 import json
 import math
 import pickle
@@ -42,6 +43,7 @@ def samples(means: Tensor, each: int, noise: float, seed: int = 0) -> tuple[Tens
     return means[labels] + noise * away, labels
 
 
+@functools.cache
 def sphere_patch(device: torch.device | str = "cpu") -> tuple[PathCloud, Tensor]:
     """A patch of the unit sphere as a sheet, and its coordinates (longitude, latitude)."""
     grid = torch.cartesian_prod(*[torch.linspace(-0.6, 0.6, 7, dtype=DOUBLE, device=device)] * 2)
@@ -53,7 +55,7 @@ def sphere_patch(device: torch.device | str = "cpu") -> tuple[PathCloud, Tensor]
 
 @pytest.mark.parametrize("kind", ["circle", "arc", "line", "helix"])
 @pytest.mark.parametrize(
-    ("count", "width", "noise"), [(7, 3, 0.0), (7, 3, 0.2), (7, 300, 0.1), (12, 16, 0.2), (40, 3, 0.05)]
+    ("count", "width", "noise"), [(7, 3, 0.0), (7, 3, 0.2), (7, 300, 0.1), (12, 16, 0.2), (30, 3, 0.05)]
 )
 def test_open_or_closed_is_decided_from_the_samples(kind: str, count: int, width: int, noise: float) -> None:
     path = PathCloud.fit(*samples(classes(kind, count, width), 20, noise))
@@ -63,9 +65,10 @@ def test_open_or_closed_is_decided_from_the_samples(kind: str, count: int, width
 
 
 def test_many_noisy_classes_are_put_together_until_the_step_can_be_told() -> None:
-    closed = PathCloud.fit(*samples(classes("circle", 60, 200), 10, 0.15))
-    open_ = PathCloud.fit(*samples(classes("arc", 60, 200), 10, 0.15))
+    closed = PathCloud.fit(*samples(classes("circle", 40, 100), 5, 0.15))
+    open_ = PathCloud.fit(*samples(classes("arc", 40, 100), 5, 0.15))
     assert closed.closed and not open_.closed
+    assert closed.closing is not None and closed.closing.merged > 1
 
 
 def test_equidistant_classes_say_nothing_of_a_loop() -> None:
@@ -145,12 +148,12 @@ def test_curvature_is_refused_where_the_samples_do_not_tell() -> None:
 
 def test_projection_is_differentiable_twice() -> None:
     path = PathCloud.fit(*samples(classes("circle", 8, 4), 5, 0.05))
-    states = (1.2 * path.knots[:3] + 0.1).detach().requires_grad_()
+    states = (1.2 * path.knots[:2] + 0.1).detach().requires_grad_()
     assert torch.autograd.gradcheck(path.projx, (states,))
-    assert torch.autograd.gradgradcheck(path.projx, (states,))
+    assert torch.autograd.gradgradcheck(path.projx, (states,), fast_mode=True)
     sheet, _ = sphere_patch()
     off = (1.2 * sheet.knots[[10, 24]] + 0.03).detach().requires_grad_()
-    assert torch.autograd.gradcheck(sheet.projx, (off,))
+    assert torch.autograd.gradcheck(sheet.projx, (off,), fast_mode=True)
     torch.testing.assert_close(torch.vmap(path.projx)(states), path.projx(states))
 
 
@@ -158,7 +161,7 @@ def test_second_form_is_the_derivative_of_the_projection() -> None:
     curve = PathCloud.fit(*samples(classes("helix", 12, 5), 5, 0.02))
     sheet, grid = sphere_patch()
     generator = torch.Generator().manual_seed(0)
-    for path, x in ((curve, curve.knots[3:6]), (sheet, sheet.at(grid[[16, 24, 31]] + 0.05))):
+    for path, x in ((curve, curve.knots[3:5]), (sheet, sheet.at(grid[[16, 31]] + 0.05))):
         u, v = (path.proju(x, torch.randn(x.shape, dtype=DOUBLE, generator=generator)) for _ in "uv")
         expected = RiemannianSubmanifold.second_fundamental_form(path, x, u, v)
         torch.testing.assert_close(path.second_fundamental_form(x, u, v), expected, atol=1e-8, rtol=1e-8)

