@@ -20,10 +20,10 @@ from manifolds.base import RiemannianSubmanifold, plain, safe_sqrt
 from manifolds.cloud import geodesics
 from manifolds.cloud.geodesics import ShortestPath
 from manifolds.cloud.io import read_manifold, write_manifold
-from manifolds.cloud.kept import in_single
+from manifolds.cloud.kept import in_single, usable
 from manifolds.cloud.sampled_metric import SampledMetric
 from manifolds.errors import ManifoldError, MissingOperationError, NoPathError
-from manifolds.operations import operation
+from manifolds.operations import operation, precise
 
 FINE = 33
 """How many points the path has of which a distance is the length."""
@@ -79,6 +79,8 @@ class LearnedManifold(RiemannianSubmanifold):
     def __init_subclass__(cls, kind: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.kind = kind
+        if "project" in cls.__dict__:
+            cls.project = precise(cls.__dict__["project"])  # type: ignore[method-assign]
         if "describe" in cls.__dict__:
             cls.describe = _described(cls.__dict__["describe"])  # type: ignore[method-assign]
         if "rebuild" in cls.__dict__:
@@ -114,6 +116,10 @@ class LearnedManifold(RiemannianSubmanifold):
                 class that is asked.
         """
         return read_manifold(cls, path, device)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Keeps a tensor with the manifold; of one made in inference mode a copy that gradients may pass."""
+        super().register_buffer(name, None if tensor is None else usable(tensor), persistent)
 
     def _apply(self, fn: Any, *args: Any, **options: Any) -> Any:
         return super()._apply(in_single(fn), *args, **options)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from manifolds.base import frobenius_norm, plain
 from manifolds.cloud.closing import Closing
-from manifolds.cloud.kept import usable
 from manifolds.cloud.learned import Projection
 from manifolds.cloud.nearest import Nearest, nearest
 from manifolds.cloud.path_curvature import Noise, PathCurvature, path_curvature
@@ -68,7 +67,7 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
         if missing:
             raise ManifoldError(f"PathCloud: the tensors {missing} are missing; the file is not whole")
         for name in (*names, "outliers"):
-            self.register_buffer(name, usable(tensors[name]))
+            self.register_buffer(name, tensors[name])
         for name in NUMBERS:
             setattr(self, name, float(values[name]))
         self.width = self.means.shape[-1]
@@ -167,7 +166,6 @@ class PathCloud(MeasuredPath, kind="path-cloud"):
 
     # What makes it a learned manifold
 
-    @precise
     def project(self, x: Float[Tensor, "*batch D"]) -> Projection:
         """The nearest point of the path to each state; exact, and differentiable twice in x.
 

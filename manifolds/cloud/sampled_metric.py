@@ -102,6 +102,7 @@ class SampledMetric(nn.Module):
 
     def weights(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch m"]:
         """How much each anchor counts at x."""
+        self._check_width(x)
         anchors = self.anchors.to(x)
         centre = anchors.mean(0)
         place, anchors = x - centre, anchors - centre
@@ -111,6 +112,7 @@ class SampledMetric(nn.Module):
 
     def images(self, u: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch m r"]:
         """Fᵢ u for all anchors."""
+        self._check_width(u)
         m, r, _ = self.factors.shape
         return (u @ self.factors.to(u).flatten(0, 1).mT).unflatten(-1, (m, r))
 
@@ -182,6 +184,13 @@ class SampledMetric(nn.Module):
             )
         right = tangent.mT @ covector.expand(x.shape)[..., None]
         return (tangent @ torch.cholesky_solve(right, factor))[..., 0]
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1:] != (self.width,):
+            raise ManifoldError(
+                f"SampledMetric: a vector has shape {tuple(x.shape)}; the metric holds for vectors of "
+                f"{self.width}"
+            )
 
     def _pulled(self, weights: Tensor, u: Tensor) -> Tensor:
         weighed = self.images(u) * weights[..., None]

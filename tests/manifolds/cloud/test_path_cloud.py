@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manifolds.base import RiemannianSubmanifold
 from manifolds.cloud.path_cloud import PathCloud
+from manifolds.cloud.point_cloud import PointCloud
 from manifolds.errors import ManifoldError
 from manifolds.operations import unchecked
 
@@ -241,6 +242,20 @@ def test_autocast_leaves_the_digits() -> None:
         inside = everything(cast)
     for each in (inside, everything(cast)):  # what autocast left in the caches is seen by the second
         assert all(torch.equal(one, other) for one, other in zip(each, everything(plain), strict=True))
+
+
+def test_clouds_too_are_free_of_autocast_and_inference_mode() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(200, 4, generator=generator) @ torch.randn(4, 8, generator=generator)
+    points = points / points.norm(dim=1, keepdim=True)
+    expected = PointCloud.fit(points, dim=3).project(points[:5]).foot
+    with torch.inference_mode():
+        cloud = PointCloud.fit(points, dim=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cloud.project(points[:5]).foot, expected)
+    states = points[:5].clone().requires_grad_()
+    cloud.projx(states).square().sum().backward()
+    assert states.grad is not None and states.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("fitted", ["inside", "outside"])

@@ -138,6 +138,9 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ManifoldError, match="same place"):
         SampledMetric(torch.ones(5, 3), factors)
     sheet, _ = plane()
+    wrong = torch.rand(2, 4)
+    with pytest.raises(ManifoldError, match=r"\(2, 4\).*vectors of 3"):
+        SampledMetric(anchors, factors).product(wrong, wrong)
     with pytest.raises(ManifoldError, match="vectors of 4"):
         sheet.with_metric(SampledMetric(torch.rand(5, 4), torch.rand(5, 2, 4)))
     flat = sheet.with_metric(SampledMetric(sheet.knots, torch.zeros(25, 1, 3, dtype=DOUBLE)))
