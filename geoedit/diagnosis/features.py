@@ -23,7 +23,8 @@ from geoedit.diagnosis.paths import STEPS, Paths, Sentence, entry, ratio, weight
 from geoedit.diagnosis.predict import Edits, Gradients, Rows, shifts
 from geoedit.errors import EditError
 
-CHUNK = 64
+CHUNK, NUMBERS = 64, 2**18
+"""Edits in one step: at least so many, and of small sentences as hold so many responses."""
 BEYOND = 1.25
 """And once past its end: an edit that only just arrives there is less sure than one that stays."""
 
@@ -118,7 +119,7 @@ def edit_features(
             rows.answers[inside] if answered and rows.answers is not None else None,
         )
         chosen = (rows.template[edits.source] == template).nonzero()[:, 0]
-        for part in chosen.split(CHUNK):
+        for part in chosen.split(max(CHUNK, NUMBERS // sentence.images[0].numel())):
             path = Paths.of(sentence, place[edits.source[part]], place[edits.target[part]], shift[part])
             numbers = length_features(sentence, path)
             numbers["missed_spread"] = ratio(path.plain.gather(1, path.target[:, None])[:, 0], spread)

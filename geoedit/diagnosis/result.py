@@ -25,8 +25,6 @@ GEOMETRY = ("off_manifold", "off_distance", "off_relative", "off_visible", "safe
 ALL_SITES = "all sites"
 FEATURE = "feature_"
 """Begins the names of the columns that the probability is made of."""
-DIGITS = 5
-"""How many digits of them a file holds."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +108,14 @@ class Diagnosis:
             far off the concept's manifold the edit ends, by its second fundamental form and by projection, in
             units of the state), off_relative (the latter over the manifold's noise), off_visible (what the
             rest of the network sees of it); safe_low and safe_scale (the scales between which the edit is
-            expected to succeed); feature_… (what the probability is made of, see
-            `geoedit.diagnosis.features`); and when the edits were run: success, answer, log_odds_change
-            (nats), else missing.
+            expected to succeed); and when the edits were run: success, answer, log_odds_change (nats), else
+            missing.
         predictors: what the predictor columns hold; the first is the default.
         settings: what was asked and how it was run. versions: of the libraries. notes: what a reader must
             know.
         sweeps: a few edits followed over many scales, as `geoedit.diagnosis.sweeps.sweep_results` gives them.
+        features: what the probabilities were made of (columns feature_…, see `geoedit.diagnosis.features`),
+            in the rows of `table`. They are many and go into no file: None in what was read from one.
     """
 
     model: str
@@ -128,6 +127,7 @@ class Diagnosis:
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sweeps: tuple[dict[str, Any], ...] = ()
+    features: pd.DataFrame | None = None
 
     @property
     def applied(self) -> bool:
@@ -262,15 +262,7 @@ class Diagnosis:
         return self.table[self.table["site"] == site]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain JSON values; missing numbers are None."""
-        columns = {
-            name: [_short(entry) if name.startswith(FEATURE) else _plain(entry) for entry in column]
-            for name, column in self.table.astype(object).to_dict("list").items()
-        }
-        summary = {
-            name: [_plain(entry) for entry in column]
-            for name, column in self.summary.astype(object).to_dict("list").items()
-        }
+        """Give everything but `features` as plain JSON values; missing numbers are None."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -278,8 +270,8 @@ class Diagnosis:
             "concept": self.concept,
             "sites": [asdict(site) for site in self.sites],
             "predictors": [asdict(predictor) for predictor in self.predictors],
-            "summary": summary,
-            "table": columns,
+            "summary": _columns(self.summary),
+            "table": _columns(self.table),
             "settings": self.settings,
             "versions": self.versions,
             "notes": list(self.notes),
@@ -312,11 +304,12 @@ class Diagnosis:
                 f"{' and '.join(map(str, READS))}."
             )
         predictors = tuple(Predictor(**entry) for entry in data["predictors"])
+        table = {name: column for name, column in data["table"].items() if not name.startswith(FEATURE)}
         return cls(
             model=data["model"],
             concept=data["concept"],
             sites=tuple(SiteSummary(**entry) for entry in data["sites"]),
-            table=_typed(pd.DataFrame(data["table"]), predictors),
+            table=_typed(pd.DataFrame(table), predictors),
             predictors=predictors,
             settings=data["settings"],
             versions=data["versions"],
@@ -364,8 +357,6 @@ def _typed(table: pd.DataFrame, predictors: tuple[Predictor, ...]) -> pd.DataFra
         *GEOMETRY,
     ):
         table[column] = table[column].astype("float64") if column in table else np.nan
-    for column in (name for name in table if name.startswith(FEATURE)):
-        table[column] = table[column].astype("float64")
     table["success"] = table["success"].astype("boolean")
     return table
 
@@ -393,8 +384,16 @@ def _geometry_row(site: SiteSummary) -> dict[str, Any]:
     }
 
 
-def _short(number: float) -> float | None:
-    return float(f"{number:.{DIGITS}g}") if np.isfinite(number) else None
+def _columns(table: pd.DataFrame) -> dict[str, list[Any]]:
+    """The columns of a table as plain JSON values."""
+    return {str(name): _plain_column(table[name]) for name in table}
+
+
+def _plain_column(column: pd.Series) -> list[Any]:
+    if column.dtype != np.float64:
+        return [_plain(entry) for entry in column.astype(object)]
+    numbers = column.to_numpy()
+    return np.where(np.isfinite(numbers), numbers.astype(object), None).tolist()
 
 
 def _plain(value: Any) -> Any:

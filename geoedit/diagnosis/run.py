@@ -29,7 +29,7 @@ from geoedit.diagnosis.prepare import (
     default_sites,
 )
 from geoedit.diagnosis.readouts import Readouts
-from geoedit.diagnosis.result import Diagnosis
+from geoedit.diagnosis.result import FEATURE, Diagnosis
 from geoedit.diagnosis.safe_scale import scaled_edits
 from geoedit.diagnosis.sweeps import choose_sweeps, mean_axes, swept_edits
 from geoedit.diagnosis.words import describe, notes, versions
@@ -128,6 +128,8 @@ def diagnose(
         shape = site_geometry(work.shapes[site], straightness[site], axes, centre)
         sites_seen.append(replace(summary, geometry=shape))
     table = pd.concat([work.planned(part) for part in judged.values()], ignore_index=True)
+    learned_from = [name for name in table if name.startswith(FEATURE)]
+    features, table = table[learned_from], table.drop(columns=learned_from)
     summaries = site_advice(sites_seen, table)
     swept = [
         work.swept(site, work.followed(judged[site]), summary, apply)
@@ -151,6 +153,7 @@ def diagnose(
             summaries,
         ),
         sweeps=tuple(entry for found in swept for entry in found),
+        features=features,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from geoedit.errors import EditError
 
@@ -87,7 +87,10 @@ def bootstrap_auroc(
     draws = np.random.default_rng(seed).multinomial(
         len(numbers), np.full(len(numbers), 1 / len(numbers)), resamples
     )
-    values = _weighted_auroc(scores, success, draws[:, member].astype(float))
+    if len(numbers) <= resamples:
+        values = _clustered_auroc(scores, success, member, draws.astype(float))
+    else:
+        values = _weighted_auroc(scores, success, draws[:, member].astype(float))
     values = values[~np.isnan(values)]
     if len(values) < resamples / 2:
         return Ranking(value, float("nan"), float("nan"), count, successes)
@@ -162,3 +165,25 @@ def _weighted_auroc(
     total = positive.sum(1) * negative.sum(1)
     wins = (positive * (below + negative / 2)).sum(1)
     return np.divide(wins, total, out=np.full(len(weights), np.nan), where=total > 0)
+
+
+def _clustered_auroc(
+    scores: Float[np.ndarray, " n"],
+    success: Bool[np.ndarray, " n"],
+    member: Int[np.ndarray, " n"],
+    draws: Float[np.ndarray, "resamples clusters"],
+) -> Float[np.ndarray, " resamples"]:
+    """The AUROC of each resample of clusters; what successes win over failures is counted once, by pairs."""
+    clusters = draws.shape[1]
+    levels, level = np.unique(scores, return_inverse=True)
+    counts = [
+        np.bincount(member[kept] * len(levels) + level[kept], minlength=clusters * len(levels)).reshape(
+            clusters, len(levels)
+        )
+        for kept in (success, ~success)
+    ]
+    positive, negative = (count.astype(float) for count in counts)
+    wins = positive @ (np.cumsum(negative, axis=1) - negative / 2).T
+    total = (draws @ positive.sum(1)) * (draws @ negative.sum(1))
+    won = ((draws @ wins) * draws).sum(1)
+    return np.divide(won, total, out=np.full(len(draws), np.nan), where=total > 0)

@@ -35,6 +35,7 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 
 COPIED = ("site", "edit", "template", "source", "target", "from_value", "to_value")
 STEPS = 16
+CHUNK = 128
 MOST, MOST_AT_ALL, LEAST_RUNS, SHARE = 8, 320, 200, 0.1
 
 
@@ -138,16 +139,22 @@ def follow(
     source = torch.tensor([sweep.edits[0].source for sweep in sweeps])
     target = value[torch.tensor([sweep.edits[0].target for sweep in sweeps])]
     turns, reasons = _geodesics(manifold, states[source], means[target], reason)
-    found = []
-    for place, sweep in enumerate(sweeps):
+    vectors, straights, alongs = [], [], []
+    for sweep, turn in zip(sweeps, turns, strict=True):
         edit = sweep.edits[0]
-        start, vector = states[edit.source], means[edit.to_value] - means[edit.from_value]
-        straight = start + torch.tensor(sweep.scales).to(start)[:, None] * vector
-        along = start + turns[place]
-        foot = None if manifold is None else manifold.projx(straight)
-        off, along_off = (_off(manifold, moved, means) for moved in (straight, along))
-        found.append(Route(vector, straight, foot, off, along, along_off, reasons[place]))
-    return found
+        vectors.append(means[edit.to_value] - means[edit.from_value])
+        scales = torch.tensor(sweep.scales).to(states)[:, None]
+        straights.append(states[edit.source] + scales * vectors[-1])
+        alongs.append(states[edit.source] + turn)
+    # All at once: a projection costs the same for a few states as for many.
+    feet, offs = _projected(manifold, [*straights, *alongs], means)
+    count = len(sweeps)
+    return [
+        Route(vector, straight, foot, off, along, along_off, reason)
+        for vector, straight, foot, off, along, along_off, reason in zip(
+            vectors, straights, feet[:count], offs[:count], alongs, offs[count:], reasons, strict=True
+        )
+    ]
 
 
 def _geodesics(
@@ -169,11 +176,19 @@ def _geodesics(
     return list(path - path[:, :1]), [None] * len(start)
 
 
-def _off(manifold: LearnedManifold | None, states: Tensor, means: Tensor) -> Tensor:
+def _projected(
+    manifold: LearnedManifold | None, moved: Sequence[Tensor], means: Tensor
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The feet of states on the manifold, and how far off it they are in units of its noise."""
+    if manifold is None:
+        return [None] * len(moved), [part.new_full((len(part),), torch.nan) for part in moved]
+    found = [manifold.project(part) for part in torch.cat(list(moved)).split(CHUNK)]
+    sizes = [len(part) for part in moved]
+    feet = torch.cat([part.foot for part in found]).split(sizes)
+    distances = torch.cat([part.distance for part in found])
     spread = float((means - means.mean(0)).square().sum(1).mean().sqrt())
-    if manifold is None or spread == 0 or len(states) == 0:
-        return states.new_full((len(states),), torch.nan)
-    return manifold.project(states).distance / max(manifold.noise, RESOLVED * spread)
+    unit = max(manifold.noise, RESOLVED * spread) if spread > 0 else float("nan")
+    return list(feet), list((distances / unit).split(sizes))
 
 
 def sweep_runs(

@@ -87,3 +87,17 @@ def test_roc_curve_agrees_with_scikit_learn():
     found_false, found_true = roc_curve(scores, success)
     assert found_false == pytest.approx(false)
     assert found_true == pytest.approx(true)
+
+
+def test_counting_wins_by_clusters_changes_no_resample():
+    generator = np.random.default_rng(3)
+    scores, clusters = generator.integers(0, 9, 200).astype(float), generator.integers(0, 12, 200)
+    success = generator.random(200) < scores / 9
+    found = bootstrap_auroc(scores, success, clusters.tolist(), resamples=60, seed=5)
+    order = list(dict.fromkeys(clusters.tolist()))
+    member = np.array([order.index(cluster) for cluster in clusters])
+    values = []
+    for draw in np.random.default_rng(5).multinomial(len(order), np.full(len(order), 1 / len(order)), 60):
+        rows = np.repeat(np.arange(200), draw[member])
+        values.append(roc_auc_score(success[rows], scores[rows]))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=1e-12)
