@@ -21,7 +21,8 @@ from geoedit.concept import Prompt
 from geoedit.diagnosis.off_manifold import RESOLVED
 from geoedit.diagnosis.plan import Plan, PlannedEdit
 from manifolds import ManifoldError
-from manifolds.cloud.learned import LearnedManifold
+from manifolds.cloud.geodesics import shortest_path
+from manifolds.cloud.learned import ROUGH, LearnedManifold
 from manifolds.operations import unchecked
 
 GRID = 33
@@ -35,6 +36,8 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 
 COPIED = ("site", "edit", "template", "source", "target", "from_value", "to_value")
 STEPS = 16
+WAYS, WIDE_STEPS, WIDE_TOLERANCE, WIDE_ITERATIONS = 2, 8, 2e-3, 40
+"""Sheets and clouds, whose geodesics are relaxed at some cost: how many are followed a site, and how well."""
 CHUNK = 128
 MOST, MOST_AT_ALL, LEAST_RUNS, SHARE = 8, 320, 200, 0.1
 
@@ -164,16 +167,39 @@ def _geodesics(
     nothing = start.new_zeros(0, start.shape[1])
     if manifold is None:
         return [nothing] * len(start), [reason or "no manifold could be learned here"] * len(start)
+    curve = manifold.dim == 1
+    count = len(start) if curve else min(WAYS, len(start))
+    limits = (STEPS + 1, None, 100) if curve else (WIDE_STEPS + 1, WIDE_TOLERANCE, WIDE_ITERATIONS)
+    ways: list[Tensor] = [nothing] * len(start)
+    reasons: list[str | None] = [f"beyond curves, {WAYS} ways a site are followed"] * len(start)
+    with unchecked():  # what projx gives need not be its own foot to the last digit
+        feet, ends = manifold.projx(start[:count]), manifold.projx(end[:count])
+    for place, (path, residual, problem) in enumerate(_shortest(manifold, feet, ends, *limits)):
+        if problem is None and residual <= ROUGH:
+            ways[place], reasons[place] = path - path[:1], None
+        else:
+            reasons[place] = problem or f"no shortest path was found (residual {residual:.1g})"
+    return ways, reasons
+
+
+def _shortest(
+    manifold: LearnedManifold, x: Tensor, y: Tensor, points: int, tolerance: float | None, iterations: int
+) -> list[tuple[Tensor, float, str | None]]:
+    """For each pair the shortest path, its residual, and why there is none."""
     try:
-        with unchecked():  # what projx gives need not be its own foot to the last digit
-            path = manifold.geodesic(manifold.projx(start), manifold.projx(end), points=STEPS + 1)
+        with unchecked():
+            found = shortest_path(
+                manifold, x, y, points=points, tolerance=tolerance, max_iterations=iterations
+            )
     except ManifoldError as error:
-        if len(start) == 1:
-            return [nothing], [str(error)]
+        if len(x) == 1:
+            return [(x[:0], float("inf"), str(error))]
         # One that has no way must not take it from the others.
-        alone = [_geodesics(manifold, a[None], b[None], reason) for a, b in zip(start, end, strict=True)]
-        return [ways[0] for ways, _ in alone], [why[0] for _, why in alone]
-    return list(path - path[:, :1]), [None] * len(start)
+        pairs = zip(x.split(1), y.split(1), strict=True)
+        return [_shortest(manifold, *pair, points, tolerance, iterations)[0] for pair in pairs]
+    return [
+        (path, residual, None) for path, residual in zip(found.path, found.residual.tolist(), strict=True)
+    ]
 
 
 def _projected(
@@ -202,7 +228,7 @@ def sweep_runs(
         shifts += [edit.scale * route.vector for edit in sweep.ran]
         for fraction in _fractions(route):
             edits.append(replace(sweep.edits[0], scale=fraction))
-            shifts.append(route.geodesic[round(fraction * STEPS)] - route.geodesic[0])
+            shifts.append(route.geodesic[round(fraction * (len(route.geodesic) - 1))] - route.geodesic[0])
     return edits, torch.stack(shifts)
 
 
@@ -271,7 +297,7 @@ def sweep_results(
         }
         if len(route.geodesic):
             entry["geodesic"] = {
-                "fractions": [step / STEPS for step in range(STEPS + 1)],
+                "fractions": np.linspace(0, 1, len(route.geodesic)).tolist(),
                 "off": _plain(route.geodesic_off),
                 "position": _placed(route.geodesic, axes, centre),
                 "recorded": recorded(FRACTIONS),
