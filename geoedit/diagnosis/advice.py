@@ -140,8 +140,9 @@ def site_advice(sites: Sequence[SiteSummary], table: pd.DataFrame) -> tuple[Site
         for kind, (word, why) in said.items():
             if word != advice:
                 reason += f"; for {kind}s {word}: {why}"
+        # Scales of one direction: those of the vector turned round are no part of the same stretch.
         scales = {
-            name: {kind: _or_none(_median(rows, column)) for kind, rows in kinds.items()}
+            name: {kind: _or_none(_median(_forward(rows), column)) for kind, rows in kinds.items()}
             for name, column in (("safe_scale", "safe_scale"), ("safe_low", "safe_low"))
         }
         geometry = {**site.geometry, **scales, "advice": advice, "advice_reason": reason}
@@ -152,6 +153,12 @@ def site_advice(sites: Sequence[SiteSummary], table: pd.DataFrame) -> tuple[Site
 def _likeliest(rows: pd.DataFrame) -> pd.DataFrame:
     """The edits of the scale at which most are expected to arrive."""
     return rows[rows["scale"] == rows.groupby("scale", sort=False)["probability"].mean().idxmax()]
+
+
+def _forward(rows: pd.DataFrame) -> pd.DataFrame:
+    """The edits along their vectors; where there are none, those against them."""
+    ahead = rows[rows["scale"] > 0]
+    return ahead if len(ahead) else rows
 
 
 def _median(rows: pd.DataFrame, column: str) -> float:

@@ -100,12 +100,19 @@ class _Steps:
     def __init__(self, concept: Concept) -> None:
         self.count = len(concept.values)
         self.kind = concept.kind
+        self.known: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.places: dict[tuple[float, ...], int] = {}
         if concept.coordinates is not None:
             self.points = [tuple(float(x) for x in point) for point in concept.coordinates]
             self.places = {point: number for number, point in enumerate(self.points)}
 
     def parallel(self, a: int, b: int) -> list[tuple[int, int]]:
+        """The pairs that lie as a and b do, looked for once whatever the number of sentences."""
+        if (a, b) not in self.known:
+            self.known[a, b] = self._parallel(a, b)
+        return self.known[a, b]
+
+    def _parallel(self, a: int, b: int) -> list[tuple[int, int]]:
         if self.kind == "cycle":
             return [((a + o) % self.count, (b + o) % self.count) for o in range(1, self.count)]
         if self.kind == "line":

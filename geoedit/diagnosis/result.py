@@ -108,8 +108,8 @@ class Diagnosis:
             far off the concept's manifold the edit ends, by its second fundamental form and by projection, in
             units of the state), off_relative (the latter over the manifold's noise), off_visible (what the
             rest of the network sees of it); safe_low and safe_scale (the scales between which the edit is
-            expected to succeed); and when the edits were run: success, answer, log_odds_change (nats), else
-            missing.
+            expected to succeed, counted along its own direction where its scale is negative); and when the
+            edits were run: success, answer, log_odds_change (nats), else missing.
         predictors: what the predictor columns hold; the first is the default.
         settings: what was asked and how it was run. versions: of the libraries. notes: what a reader must
             know.

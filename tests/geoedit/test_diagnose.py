@@ -14,6 +14,7 @@ from geoedit.diagnosis import Diagnosis
 from geoedit.diagnosis.derivatives import answer_place, derive
 from geoedit.diagnosis.observe import observe
 from geoedit.diagnosis.plan import MEAN_DIFFERENCE, REUSED_VECTOR, plan_edits
+from tests.conftest import build_gpt2
 
 MONTHS = ("january", "february", "march", "april", "may", "june")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
@@ -263,10 +264,11 @@ def test_draws_are_seeded_and_rows_of_one_answer_are_not_paired():
 # the result
 
 
-@pytest.fixture
-def result(tiny_gpt2, tiny_tokenizer):
+@pytest.fixture(scope="module")
+def result(tiny_tokenizer):
+    model = build_gpt2(len(tiny_tokenizer))
     return diagnose(
-        tiny_gpt2, tiny_tokenizer, cycle(), SITES, apply=True, max_edits=40, progress=False, name="tiny"
+        model, tiny_tokenizer, cycle(), SITES, apply=True, max_edits=40, progress=False, name="tiny"
     )
 
 

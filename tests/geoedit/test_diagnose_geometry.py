@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from geoedit import Concept, Site, Template, collect, diagnose, run_with
 from geoedit.activations.inputs import read_inputs
 from geoedit.diagnosis import Diagnosis
-from geoedit.diagnosis.advice import Facts, advise
+from geoedit.diagnosis.advice import Facts, advise, site_advice
 from geoedit.diagnosis.bends import of_curve, of_samples
 from geoedit.diagnosis.geometry import dimension
 from geoedit.diagnosis.off_manifold import (
@@ -23,6 +23,7 @@ from geoedit.diagnosis.off_manifold import (
 )
 from geoedit.diagnosis.plan import MEAN_DIFFERENCE, REUSED_VECTOR, PlannedEdit, plan_edits
 from geoedit.diagnosis.predict import Edits, Rows
+from geoedit.diagnosis.result import SiteSummary
 from geoedit.diagnosis.safe_scale import GRID, safe_interval, scaled_edits
 from geoedit.diagnosis.straightness import functional_curvature, sample_edits
 from manifolds.cloud.path_cloud import PathCloud
@@ -240,6 +241,18 @@ def test_the_rules_of_the_advice(facts, advice):
     assert found == advice and reason
 
 
+@pytest.mark.parametrize(("scales", "expected"), [((-1.0, 0.5), (0.2, 0.8)), ((-1.0, -2.0), (2.0, 3.0))])
+def test_the_safe_scales_of_a_site_are_those_of_one_direction(scales, expected):
+    rows = [
+        {"site": "here", "edit": MEAN_DIFFERENCE, "scale": scale, "probability": 0.6, "norm": 1.0}
+        | dict(zip(("safe_low", "safe_scale"), (0.2, 0.8) if scale > 0 else (2.0, 3.0), strict=True))
+        for scale in scales
+    ]
+    site = SiteSummary("here", {}, "here", "last", 0, [], [], 0.0, 0.0, 0.0)
+    found = site_advice([site], pd.DataFrame(rows))[0].geometry
+    assert (found["safe_low"][MEAN_DIFFERENCE], found["safe_scale"][MEAN_DIFFERENCE]) == expected
+
+
 # Dimension
 
 
@@ -386,9 +399,7 @@ def test_files_of_version_1_are_read(looped, tmp_path):
     data = looped.to_dict()
     data["version"] = 1
     data["table"] = {
-        name: column
-        for name, column in data["table"].items()
-        if not name.startswith(("off_", "safe_"))
+        name: column for name, column in data["table"].items() if not name.startswith(("off_", "safe_"))
     }
     for site in data["sites"]:
         del site["geometry"]
