@@ -393,7 +393,8 @@ def _plain_column(column: pd.Series) -> list[Any]:
     if column.dtype != np.float64:
         return [_plain(entry) for entry in column.astype(object)]
     numbers = column.to_numpy()
-    return np.where(np.isfinite(numbers), numbers.astype(object), None).tolist()
+    pairs = zip(numbers.tolist(), np.isfinite(numbers).tolist(), strict=True)
+    return [number if finite else None for number, finite in pairs]
 
 
 def _plain(value: Any) -> Any:
