@@ -8,6 +8,7 @@ after which the likeliest next token begins the target's answer.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,9 @@ def collect_edits(settings: Settings) -> pd.DataFrame:
 
     Columns: those of `CELL`, shape (the concept's kind), template, depth (the number of the site, which no
     predictor sees), success, all features, and the numbers of single predictors (see `judge.BASELINES`).
+    `attrs["seconds"]` is how long it took.
     """
+    started = time.perf_counter()
     parts = []
     for name in settings.models:
         model, tokenizer, world = geoedit.testbeds.load(name)
@@ -55,7 +58,9 @@ def collect_edits(settings: Settings) -> pd.DataFrame:
             part.insert(0, "model", name)
             log.info("%s %s: %d edits, %.3f succeed", name, concept, len(part), part["success"].mean())
             parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    found = pd.concat(parts, ignore_index=True)
+    found.attrs["seconds"] = time.perf_counter() - started
+    return found
 
 
 def concept_edits(model: Any, tokenizer: Any, concept: Concept, settings: Settings) -> pd.DataFrame:

@@ -71,7 +71,7 @@ def draw_predictors(found: Mapping[str, Any]) -> Figure:
     left.set_yticks(places, labels, fontsize=8)
     for axes, key, title, aim in (
         (left, "auroc", "AUROC over single edits", 0.95),
-        (right, "rho_counts", "Spearman's ρ over cells (counts foreseen)", 0.9),
+        (right, "rho_counts", "Spearman's ρ over cells, counts foreseen", 0.9),
     ):
         for place, name in zip(places, names, strict=True):
             value, low, high = (np.nan if number is None else number for number in scores[name][key])
@@ -89,14 +89,7 @@ def draw_predictors(found: Mapping[str, Any]) -> Figure:
                     ha="center",
                 )
         axes.axvline(aim, color=INK, linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "aim",
-            (aim, 1),
-            (2, -9),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            fontsize=7,
-        )
+        axes.text(aim, -0.45, "aim ", fontsize=7, ha="right", va="center")
         axes.set_title(title, fontsize=9)
         axes.grid(axis="x", color="#eeeeee")
         axes.tick_params(axis="x", labelsize=8)
@@ -128,8 +121,8 @@ def draw_calibration(found: Mapping[str, Any]) -> Figure:
     counts.set_xlabel("predicted probability", fontsize=9)
     curve.set_ylabel("share that succeeded", fontsize=9)
     curve.legend(fontsize=8, frameon=False)
-    curve.set_aspect("equal")
     for axes in (curve, counts):
+        axes.set_xlim(-0.02, 1.02)
         axes.tick_params(labelsize=8)
     return figure
 
@@ -198,6 +191,5 @@ def draw_sites(found: Mapping[str, Any]) -> Figure:
         axes.set_title(model, fontsize=9)
         axes.set_xlabel("share foreseen, concept left out", fontsize=8)
         axes.set_ylabel("share seen", fontsize=8)
-        axes.set_aspect("equal")
         axes.tick_params(labelsize=8)
     return figure

@@ -48,11 +48,9 @@ BASELINES: dict[str, Baseline] = {
     "cosine": Baseline("alone_cosine", 1, "cosine with the local chord"),
     "nearest": Baseline("off_plain", -1, "distance to the nearest sample after the edit"),
     "dimension": Baseline("alone_dimension", -1, "intrinsic dimension"),
-    "curvature_plain": Baseline(
-        "departure", -1, "Euclidean curvature: distance off the manifold over the chord"
-    ),
-    "curvature_fisher": Baseline("alone_off_visible", -1, "that distance as the network sees it"),
-    "bend_fisher": Baseline("bend_fisher", -1, "curvature of the network's response between the ends"),
+    "curvature_plain": Baseline("departure", -1, "Euclidean curvature: departure over the chord"),
+    "curvature_fisher": Baseline("alone_off_visible", -1, "Fisher curvature: departure seen by the network"),
+    "bend_fisher": Baseline("bend_fisher", -1, "Fisher curvature: second- over first-order response"),
 }
 PLAIN = ("departure", "detour_plain", "alone_off_relative")
 SEEN = ("alone_off_visible", "detour_fisher", "bend_fisher", "wander_fisher")
@@ -181,7 +179,9 @@ def calibrated(
     for left_out in dict.fromkeys(of):
         others = of != left_out
         if others.any():
-            curve = IsotonicRegression(increasing="auto", out_of_bounds="clip", y_min=0, y_max=1)
+            weights = np.ones(int(others.sum()))
+            rising = spearman(Ranks(score[others]), Ranks(success[others]), weights) >= 0
+            curve = IsotonicRegression(increasing=rising, out_of_bounds="clip", y_min=0, y_max=1)
             found[~others] = curve.fit(score[others], success[others]).predict(score[~others])
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from geoedit.diagnosis.odds import Tree, Trees
@@ -37,14 +37,19 @@ DIGITS = 7
 
 @dataclass(frozen=True)
 class Learning:
-    """How the trees are learned: how many, how deep, how slowly, and on how many edits at most."""
+    """How the trees are learned: how many, how deep, how slowly, and on how many edits at most.
 
-    trees: int = 160
+    `hidden`: so large a share of the edits is seen a second time with half of the features hidden, drawn anew
+    for each, so that the trees know what to do where a feature is missing.
+    """
+
+    trees: int = 240
     depth: int = 4
     rate: float = 0.08
     smallest_leaf: int = 100
     shrinkage: float = 5.0
-    edits: int = 40_000
+    edits: int = 90_000
+    hidden: float = 0.15
 
 
 def learn(
@@ -80,20 +85,20 @@ def learn(
         raise EditError(
             f"{int(success.sum())} of {len(success)} edits succeeded: trees need successes and failures."
         )
-    chosen = np.arange(len(success))
-    if len(chosen) > learning.edits:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(chosen))[: learning.edits])
-    weight = np.ones(len(success))
-    if groups is not None:
-        _, number, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-        weight = (len(success) / len(counts) / counts)[number]
+    chosen = draw_alike(groups if groups is not None else [0] * len(success), learning.edits, seed)
     # What is not known of any edit, and what is beyond all numbers, cannot be asked about.
     usable = {key: np.where(np.isfinite(column), column, np.nan)[chosen] for key, column in columns.items()}
     names = [column for column, numbers in usable.items() if not np.isnan(numbers).all()]
+    outcome = success[chosen]
     if not names:
-        rate = float((weight * success).sum() / weight.sum())
+        rate = (outcome.sum() + 0.5) / (len(outcome) + 1)
         return Trees(name, needs, math.log(rate / (1 - rate)), ())
     table = np.stack([usable[column] for column in names], 1)
+    if len(names) > 1 and learning.hidden > 0:
+        generator = np.random.default_rng(seed)
+        again = generator.permutation(len(table))[: round(learning.hidden * len(table))]
+        partly = np.where(generator.random((len(again), len(names))) < 0.5, np.nan, table[again])
+        table, outcome = np.concatenate([table, partly]), np.concatenate([outcome, outcome[again]])
     booster = HistGradientBoostingClassifier(
         max_iter=learning.trees,
         max_depth=learning.depth,
@@ -105,10 +110,26 @@ def learn(
         max_bins=128,
         early_stopping=False,
         random_state=seed,
-    ).fit(table, success[chosen], sample_weight=weight[chosen])
+    ).fit(table, outcome)
     # scikit-learn keeps the trees in private attributes; a test compares what is read with what it says.
     trees = tuple(_tree(stage[0].nodes, names, learning.depth) for stage in booster._predictors)
     return Trees(name, needs, float(np.ravel(booster._baseline_prediction)[0]), trees)
+
+
+def draw_alike(groups: Sequence[Any], most: int, seed: int) -> Int[np.ndarray, " drawn"]:
+    """Draw as many edits of every group, at most so many in all; a smaller group is repeated.
+
+    Weights would do the same, but scikit-learn 1.9 takes most of its time to find bins by weight.
+    """
+    generator = np.random.default_rng(seed)
+    _, number, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    each = max(1, min(most // len(counts), int(counts.max())))
+    drawn = []
+    for group, count in enumerate(counts):
+        members = np.nonzero(number == group)[0]
+        whole, rest = divmod(each, int(count))
+        drawn += [members] * whole + [generator.permutation(members)[:rest]]
+    return np.sort(np.concatenate(drawn))
 
 
 def probabilities(
@@ -138,7 +159,8 @@ def _tree(nodes: np.ndarray, names: Sequence[str], depth: int) -> Tree:
             fill(2 * place + 2, node)
         else:
             asks[place] = names[int(row["feature_idx"])]
-            above[place] = _short(row["num_threshold"])
+            # A threshold may be a number that was seen: rounded, it would send that edit the other way.
+            above[place] = float(row["num_threshold"])
             missing[place] = not bool(row["missing_go_to_left"])
             fill(2 * place + 1, int(row["left"]))
             fill(2 * place + 2, int(row["right"]))

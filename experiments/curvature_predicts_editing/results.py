@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from experiments.curvature_predicts_editing.cells import CELL
 from experiments.curvature_predicts_editing.judge import Judged, Score
@@ -15,6 +16,7 @@ from geoedit.diagnosis.scores import calibration
 
 DIGITS = 4
 WORST = 20
+FAR, PARTLY = 3.0, (0.2, 0.8)
 
 
 def tables(judged: Judged) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def tables(judged: Judged) -> dict[str, Any]:
         "by_concept": by(edits, ["model", "concept"]),
         "by_scale": by(edits, ["shape", "kind", "scale"]),
         "failures": failures(edits),
+        "lost": lost(edits),
     }
 
 
@@ -73,13 +76,31 @@ def by(edits: pd.DataFrame, keys: list[str]) -> list[dict[str, Any]]:
     return [dict(row) for row in _rates(edits, keys).to_dict("records")]
 
 
+def losses(edits: pd.DataFrame) -> Float[np.ndarray, " edits"]:
+    """Negative log-likelihood of each edit's outcome under the odds, in nats."""
+    p, success = edits["p_odds"].to_numpy(float), edits["success"].to_numpy(bool)
+    return -np.log(np.clip(np.where(success, p, 1 - p), 1e-6, None))
+
+
+def lost(edits: pd.DataFrame) -> dict[str, Any]:
+    """How much of the loss lies at far scales, and at sites where a part of the value passes (shares)."""
+    loss, share = losses(edits), edits["share"].to_numpy(float)
+    parts = {
+        "far": edits["scale"].to_numpy(float) >= FAR,
+        "partly": (share > PARTLY[0]) & (share < PARTLY[1]),
+        "both": (edits["scale"].to_numpy(float) >= FAR) | ((share > PARTLY[0]) & (share < PARTLY[1])),
+    }
+    return {
+        name: {"edits": _plain(float(part.mean())), "loss": _plain(float(loss[part].sum() / loss.sum()))}
+        for name, part in parts.items()
+    }
+
+
 def failures(edits: pd.DataFrame) -> list[dict[str, Any]]:
     """Sites of a concept where the odds lose most: mean log-likelihood, and which way they err."""
-    p, success = edits["p_odds"].to_numpy(float), edits["success"].to_numpy(bool)
-    if np.isnan(p).any():
+    if edits["p_odds"].isna().any():
         return []
-    loss = -np.log(np.clip(np.where(success, p, 1 - p), 1e-6, None))
-    table = edits.assign(loss=loss)
+    table = edits.assign(loss=losses(edits))
     keys = ["model", "concept", "site", "kind"]
     found = _rates(table, keys).merge(
         table.groupby(keys, observed=True, sort=False)["loss"].mean().round(DIGITS).reset_index(), on=keys

@@ -50,7 +50,7 @@ class Settings:
     pairs: int = 8
     sentences: int = 5
     max_prompts: int = 300
-    resamples: int = 400
+    resamples: int = 200
     seed: int = 0
     learning: Learning = field(default_factory=Learning)
     parts: tuple[str, ...] = ("comparison", "encoder")

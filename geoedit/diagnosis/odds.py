@@ -153,9 +153,11 @@ class Odds:
             well they did on concepts and models that they had not seen.
 
     Example:
-        >>> features = {"landing": torch.tensor([-8.0, 8.0]), "nearer_fisher": torch.tensor([-0.5, 0.9])}
-        >>> low, high = Odds.load().probability(features).tolist()
-        >>> low < 0.2 < high
+        >>> from geoedit.diagnosis.odds import Odds
+        >>> nats = torch.tensor([-8.0, 8.0])
+        >>> margins = dict.fromkeys(["landing", "landing_sphere", "along_path"], nats)
+        >>> low, high = Odds.load().probability({**margins, "share": torch.tensor([0.9, 0.9])}).tolist()
+        >>> low < 0.3 < 0.7 < high
         True
     """
 

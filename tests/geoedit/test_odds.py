@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import geoedit
-from experiments.curvature_predicts_editing.learn import RISING, Learning, learn, probabilities
+from experiments.curvature_predicts_editing.learn import RISING, Learning, draw_alike, learn, probabilities
 from geoedit.diagnosis.features import FEATURES, LENGTHS
 from geoedit.diagnosis.odds import ANSWERS, BUILT_IN, Odds, Tree, Trees
 from geoedit.errors import EditError
@@ -65,7 +65,7 @@ def test_trees_say_what_scikit_learn_says():
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     columns, success = sample()
-    learning = Learning(trees=30, depth=3)
+    learning = Learning(trees=30, depth=3, hidden=0.0)
     found = probabilities(learn(columns, success, name="x", needs="landing", learning=learning), columns)
     table = np.stack(list(columns.values()), 1)
     expected = HistGradientBoostingClassifier(
@@ -73,12 +73,13 @@ def test_trees_say_what_scikit_learn_says():
         min_samples_leaf=learning.smallest_leaf, l2_regularization=learning.shrinkage, random_state=0,
         early_stopping=False, monotonic_cst=[int(name in RISING) for name in columns],
     ).fit(table, success).predict_proba(table)[:, 1]  # fmt: skip
-    assert np.allclose(found, expected, atol=1e-5)
+    assert np.allclose(found, expected, atol=1e-6)
 
 
 def test_learning_is_calibrated_on_new_edits_and_rises_where_it_must():
     columns, success = sample()
-    trees = learn(columns, success, name="x", needs="landing", learning=Learning(trees=80, depth=2))
+    learning = Learning(trees=300, depth=2, hidden=0.0)
+    trees = learn(columns, success, name="x", needs="landing", learning=learning)
     fresh, seen = sample(20_000, seed=1)
     predicted = probabilities(trees, fresh)
     for low in np.arange(0, 1, 0.2):
@@ -98,8 +99,24 @@ def test_learning_is_the_same_every_time_and_counts_groups_alike():
     rare = {name: np.concatenate([column, np.tile(column[:1], 9000)]) for name, column in columns.items()}
     outcome = np.concatenate([success, np.zeros(9000, dtype=bool)])
     groups = ["many"] * 1500 + ["one"] * 9000
-    even = learn(rare, outcome, name="x", needs="landing", groups=groups, learning=Learning(trees=1, depth=1))
+    learning = Learning(trees=1, depth=1, hidden=0.0)
+    even = learn(rare, outcome, name="x", needs="landing", groups=groups, learning=learning)
     assert 1 / (1 + math.exp(-even.base)) == pytest.approx(success.mean() / 2, rel=1e-6)
+    drawn = draw_alike(groups, 300, 0)
+    assert len(set(drawn.tolist())) == 300 and (drawn < 1500).sum() == 150
+
+
+def test_what_is_hidden_at_times_is_missed_less():
+    columns, success = sample(4000)
+    fresh, seen = sample(4000, seed=1)
+    alone = {"landing": fresh["landing"]}
+
+    def loss(hidden):
+        learning = Learning(trees=100, depth=3, hidden=hidden)
+        found = probabilities(learn(columns, success, name="x", needs="landing", learning=learning), alone)
+        return -np.log(np.where(seen, found, 1 - found)).mean()
+
+    assert loss(0.3) < loss(0.0) - 0.02
 
 
 def test_unusable_features_are_not_asked_about():
@@ -108,7 +125,7 @@ def test_unusable_features_are_not_asked_about():
     trees = learn({**columns, "dim": unknown}, success, name="x", needs="landing", learning=Learning(trees=3))
     assert "dim" not in trees.features
     alone = learn({"dim": unknown}, success, name="x", needs="dim")
-    assert probabilities(alone, {"dim": unknown}) == pytest.approx(success.mean())
+    assert probabilities(alone, {"dim": unknown}) == pytest.approx((success.sum() + 0.5) / 501)
     with pytest.raises(EditError, match="500 of 500 edits succeeded"):
         learn(columns, np.ones(500, dtype=bool), name="x", needs="landing")
 
