@@ -152,13 +152,7 @@ class Odds:
         record: what they were learned from (models, concepts, sites, scales, counts, versions, seed) and how
             well they did on concepts and models that they had not seen.
 
-    Example:
-        >>> from geoedit.diagnosis.odds import Odds
-        >>> nats = torch.tensor([-8.0, 8.0])
-        >>> margins = dict.fromkeys(["landing", "landing_sphere", "along_path"], nats)
-        >>> low, high = Odds.load().probability({**margins, "share": torch.tensor([0.9, 0.9])}).tolist()
-        >>> low < 0.3 < 0.7 < high
-        True
+    `Odds.load().probability(edit_features(...))` asks those that ship with the package.
     """
 
     sets: tuple[Trees, ...]

@@ -191,5 +191,9 @@ def test_nothing_known_is_no_number_and_a_landing_alone_is_enough():
     odds = Odds.load()
     unknown = torch.full((3,), torch.nan)
     assert bool(odds.probability(dict.fromkeys(FEATURES, unknown)).isnan().all())
+    nats = torch.tensor([-8.0, 8.0])
+    margins = dict.fromkeys(["landing", "landing_sphere", "along_path"], nats)
+    low, high = odds.probability({**margins, "share": torch.tensor([0.9, 0.9])}).tolist()
+    assert low < 0.3 < 0.7 < high
     found = odds.probability({"landing": torch.tensor([-20.0, 0.0, 20.0])})
     assert bool((found[1:] >= found[:-1]).all()) and 0 < float(found[0]) < float(found[2]) < 1
