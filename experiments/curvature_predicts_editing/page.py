@@ -33,6 +33,19 @@ INSPECTED = """What the model says there instead, read edit by edit:
   (-1 to 3 nats), where fewer answers would be enough to be sure."""
 
 
+HEADINGS = {
+    "comparison": "## Edits that follow the manifold, at equal success",
+    "encoder": "## A real sentence encoder",
+}
+
+
+def titled(name: str, section: str) -> str:
+    """Put the heading of a part above its section, unless it brings one."""
+    if section.startswith("## ") or name not in HEADINGS:
+        return section
+    return f"{HEADINGS[name]}\n\n{section}"
+
+
 def page(found: Mapping[str, Any], sections: Sequence[str] = ()) -> str:
     """Return the page in Markdown; `sections` are those of the study's other parts."""
     parts = [

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from experiments.curvature_predicts_editing.cells import collect_edits
 from experiments.curvature_predicts_editing.figures import figures
 from experiments.curvature_predicts_editing.fit import record
 from experiments.curvature_predicts_editing.judge import judge
-from experiments.curvature_predicts_editing.page import page
+from experiments.curvature_predicts_editing.page import page, titled
 from experiments.curvature_predicts_editing.results import tables
 from experiments.curvature_predicts_editing.settings import Settings
 from geoedit.diagnosis.result import write_text
@@ -79,10 +80,19 @@ def section(name: str, found: dict[str, Any], settings: Settings, result: Any = 
     write_json(settings, f"{NAME}_{name}", result.to_dict())
     if hasattr(module, "figures"):
         module.figures(result, settings.folder)
-    return str(module.section(result))
+    return titled(name, str(module.section(result)))
 
 
 def write_json(settings: Settings, name: str, values: dict[str, Any]) -> None:
-    """Write plain values into the folder of the results."""
-    text = json.dumps(values, allow_nan=False, separators=(",", ":"))
+    """Write plain values into the folder of the results; a number that is not finite becomes null."""
+    text = json.dumps(without_nan(values), allow_nan=False, separators=(",", ":"))
     write_text(settings.folder / f"{name}.json", text + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same values with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

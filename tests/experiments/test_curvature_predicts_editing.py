@@ -21,7 +21,7 @@ from experiments.curvature_predicts_editing.statistics import (
     interval,
     spearman,
 )
-from experiments.curvature_predicts_editing.study import run
+from experiments.curvature_predicts_editing.study import run, write_json
 from geoedit.diagnosis.features import FEATURES
 from geoedit.errors import EditError
 from geoedit.site import Site
@@ -182,3 +182,12 @@ def test_edits_are_those_of_the_diagnosis():
     assert (both["success"] == both["success_seen"].astype(bool)).all()
     assert np.allclose(both["alone_landing"], both["landing_seen"], atol=1e-4)
     assert np.allclose(both["landing"], both["landing_seen"], atol=1e-2)
+
+
+def test_what_is_not_known_is_null_in_the_results(tmp_path):
+    values = {"a": [1.0, float("nan"), (float("inf"), "b")], "c": {"d": None, "e": 2}}
+    write_json(Settings.small(tmp_path), "x", values)
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "a": [1.0, None, [None, "b"]],
+        "c": {"d": None, "e": 2},
+    }
