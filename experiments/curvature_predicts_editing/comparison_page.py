@@ -21,12 +21,25 @@ COLUMNS: tuple[tuple[str, str, Average], ...] = (
     ("answers changed", FLIPS, "mean"),
 )
 
+HEADING = "## Do edits along the manifold do better?"
+
 
 def section(result: Result) -> str:
-    """The section in Markdown, without a heading of the first or second level."""
+    """The section in Markdown; its pictures are those that `figures` writes."""
     if not result.cells:
-        return "No site of any concept carried it, so that no edits were compared.\n"
-    lines = [*_opening(result), "", *_verdict(result), ""]
+        return f"{HEADING}\n\nNo site of any concept carried it, so that no edits were compared.\n"
+    lines = [
+        HEADING,
+        "",
+        *_opening(result),
+        "",
+        *_verdict(result),
+        "",
+        "![Success against each cost, over the scales of every edit](comparison_sweeps.png)",
+        "",
+        "![Costs at equal success over those of the straight edit, by concept](comparison_ratios.png)",
+        "",
+    ]
     for family, title in ((VALUE, "To a value"), (STEP, "A reused step")):
         if any(cell.sweeps.get(BASELINES[family]) for cell in result.cells):
             lines += [f"### {title}", "", *_family_table(result, family), ""]
