@@ -177,6 +177,10 @@ class Odds:
                 found = torch.where(speaks, torch.sigmoid(trees.logit(features)), found)
         return found.to(first.dtype)
 
+    def has_seen(self, model: str, concept: str) -> bool:
+        """Whether edits of this concept in this model were among those that the odds were learned from."""
+        return model in self.record.get("models", ()) and concept in self.record.get("concepts", ())
+
     def which(self, features: Mapping[str, Float[Tensor, " edits"]]) -> Int[Tensor, " edits"]:
         """Return the number of the set that speaks for each edit, -1 where none does.
 

@@ -135,10 +135,9 @@ def diagnose(
         work.swept(site, work.followed(judged[site]), summary, apply)
         for site, summary in zip(work.places, summaries, strict=True)
     ]
+    own_name = PurePath(getattr(getattr(model, "config", None), "name_or_path", "")).name
     return Diagnosis(
-        model=name
-        or PurePath(getattr(getattr(model, "config", None), "name_or_path", "")).name
-        or type(model).__name__,
+        model=name or own_name or type(model).__name__,
         concept={**about, "values": list(concept.values), "templates": texts},
         sites=summaries,
         table=table,
@@ -151,6 +150,7 @@ def diagnose(
             work.plan,
             len(work.templates) < len(concept.templates),
             summaries,
+            familiar=work.odds.has_seen(own_name, concept.name),
         ),
         sweeps=tuple(entry for found in swept for entry in found),
         features=features,

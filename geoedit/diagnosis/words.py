@@ -55,9 +55,15 @@ def describe(
 
 
 def notes(
-    landing: bool, applied: bool, plan: Plan, drawn_templates: bool, sites: Sequence[SiteSummary] = ()
+    landing: bool,
+    applied: bool,
+    plan: Plan,
+    drawn_templates: bool,
+    sites: Sequence[SiteSummary] = (),
+    *,
+    familiar: bool = False,
 ) -> tuple[str, ...]:
-    """What a reader must know before trusting the numbers."""
+    """What a reader must know before trusting the numbers; `familiar`: the odds were learned here too."""
     found = [
         "Only the first token of an answer counts, and only the next word: what a longer text would say was "
         "not looked at.",
@@ -76,8 +82,11 @@ def notes(
             "edit lands, and success can't be seen."
         )
     found.append(
-        "The probability was learned on edits of other concepts; how far it holds here is shown where the "
-        "edits were run, and unknown where they were not."
+        "The probability was learned on edits of this very concept in this model, among others: how well it "
+        "foresees concepts that it has not seen is told by the study in the documentation, not here."
+        if familiar
+        else "The probability was learned on edits of other concepts or models; how far it holds here is "
+        "shown where the edits were run, and unknown where they were not."
     )
     found.extend(_geometry_notes(sites))
     if len(plan.edits) < plan.possible:

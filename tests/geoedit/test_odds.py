@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,3 +198,12 @@ def test_nothing_known_is_no_number_and_a_landing_alone_is_enough():
     assert low < 0.3 < 0.7 < high
     found = odds.probability({"landing": torch.tensor([-20.0, 0.0, 20.0])})
     assert bool((found[1:] >= found[:-1]).all()) and 0 < float(found[0]) < float(found[2]) < 1
+
+
+@pytest.mark.parametrize("name, seen", [("weekdays", True), ("other days", False)])
+def test_a_diagnosis_says_where_the_odds_have_seen_the_concept(name, seen):
+    model, tokenizer, world = geoedit.testbeds.load("almanac-gpt2")
+    concept = replace(world.concepts["weekdays"], name=name)
+    site = geoedit.Site(0, token="value")
+    found = geoedit.diagnose(model, tokenizer, concept, [site], max_edits=20, progress=False)
+    assert any("this very concept" in note for note in found.notes) == seen
