@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["manifolds", "peft_analysis", "geoedit", "experiments"]
+OURS = {*PACKAGES, "tests"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 PROBE = """
@@ -87,7 +88,7 @@ def imported_distributions(*folders: str) -> dict[str, list[str]]:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
-            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - set(PACKAGES):
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OURS:
                 # what is not installed here is taken to belong to a distribution of its own name
                 owner = canonicalize_name(owners.get(top, [top])[0])
                 found.setdefault(owner, []).append(str(path.relative_to(ROOT)))
