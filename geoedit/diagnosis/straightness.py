@@ -99,6 +99,8 @@ def functional_curvature(
             ratios.append(both.ratio.detach().double().cpu())
             radii.append(both.radius(EPSILON).detach().double().cpu())
             sizes.append(both.first_norm.detach().double().cpu())
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError, ManifoldError, EditError) as error:
         return found | {
             "reason": f"no second derivative through {type(model).__name__}: {_first_line(error)}"
