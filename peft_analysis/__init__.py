@@ -2,3 +2,8 @@
 
 This floor stands on `manifolds` and knows parameters by their names, not what a model computes with them.
 """
+
+from peft_analysis.errors import UpdateError
+from peft_analysis.updates import Entry, Weights, WeightUpdate
+
+__all__ = ["Entry", "UpdateError", "WeightUpdate", "Weights"]

@@ -1,0 +1,7 @@
+"""Weight updates: read from adapters, checkpoints and files, applied, saved."""
+
+from peft_analysis.updates.entry import Entry
+from peft_analysis.updates.weight_update import WeightUpdate
+from peft_analysis.updates.weights import Weights
+
+__all__ = ["Entry", "WeightUpdate", "Weights"]
