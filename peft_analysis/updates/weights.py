@@ -1,18 +1,30 @@
 """The parameters of a model, wherever they lie, read one at a time."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_analysis.errors import UpdateError
 from peft_analysis.updates.entry import Layout
 
 
 class Weights(Mapping[str, Tensor]):
     """Parameters by name, each read when it is asked for and never kept.
 
+    Floating-point buffers that a checkpoint stores (the running mean of a batch norm) count as parameters:
+    without them a model is not restored. Iteration gives each parameter once. Other names of a tied
+    parameter are not listed; `in`, `[]`, `shape`, `dtype` and `layout` know them.
+
     Attributes:
         source: where they come from, in words, for messages.
+        tied: for each other name of a tied parameter, the name under which it is listed.
+        embeddings: names of parameters with a row for each token or position, where a model told.
+        skipped: names that were found and left out, each with the reason.
     """
 
     def __init__(
@@ -23,32 +35,76 @@ class Weights(Mapping[str, Tensor]):
         dtypes: Mapping[str, torch.dtype],
         layouts: Mapping[str, Layout] | None = None,
         source: str = "weights",
+        tied: Mapping[str, str] | None = None,
+        embeddings: frozenset[str] = frozenset(),
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
         self._readers = dict(readers)
         self._shapes = dict(shapes)
         self._dtypes = dict(dtypes)
         self._layouts = dict(layouts or {})
         self.source = source
+        self.tied = dict(tied or {})
+        self.embeddings = embeddings
+        self.skipped = dict(skipped or {})
+
+    @classmethod
+    def of(cls, source: "nn.Module | Weights | str | os.PathLike[str] | Mapping[str, Tensor]") -> "Weights":
+        """The weights of a live module, of a model's folder, of a file, or of tensors in memory.
+
+        Raises:
+            UpdateError: nothing is there, it holds no weights, it is cut off, or it is not safe to read.
+        """
+        if isinstance(source, Weights):
+            return source
+        if isinstance(source, nn.Module):
+            return cls.of_module(source)
+        if isinstance(source, Mapping):
+            return cls.of_tensors(source)
+        if isinstance(source, str | os.PathLike):
+            from peft_analysis.updates.folders import weights_at
+
+            return weights_at(Path(source).expanduser())
+        raise UpdateError(
+            f"no weights can be read from a {type(source).__name__}; give a module, a folder or a file"
+        )
 
     @classmethod
     def of_module(cls, model: nn.Module) -> "Weights":
-        """The parameters of a live module, without a copy."""
-        parameters = dict(model.named_parameters())
-        transposed = {
-            f"{path}.weight"
-            for path, module in model.named_modules()
-            if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
-        }
+        """The parameters and floating-point buffers of a live module, without a copy."""
+        from peft_analysis.updates.anatomy import anatomy
+
+        parts = anatomy(model)
+        values: dict[str, Tensor] = {**parts.parameters, **parts.buffers}
         return cls(
-            {name: value.detach for name, value in parameters.items()},
-            shapes={name: value.shape for name, value in parameters.items()},
-            dtypes={name: value.dtype for name, value in parameters.items()},
-            layouts=dict.fromkeys(transposed, "in_out"),
+            {name: partial(_live, name, value) for name, value in values.items()},
+            shapes={name: value.shape for name, value in values.items()},
+            dtypes={name: value.dtype for name, value in values.items()},
+            layouts=parts.layouts,
             source=type(model).__name__,
+            tied=parts.tied,
+            embeddings=parts.embeddings,
+            skipped=parts.skipped,
+        )
+
+    @classmethod
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], *, source: str = "tensors in memory", **facts: Any
+    ) -> "Weights":
+        """Tensors in memory by name; `facts` are further arguments of `Weights` (layouts, tied, …)."""
+        wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if wrong:
+            raise UpdateError(f"{source}: {', '.join(wrong[:5])} is no tensor; give tensors by name")
+        return cls(
+            {name: value.detach for name, value in tensors.items()},
+            shapes={name: value.shape for name, value in tensors.items()},
+            dtypes={name: value.dtype for name, value in tensors.items()},
+            source=source,
+            **facts,
         )
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name]()
+        return self._readers[self.name_of(name)]()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
@@ -57,18 +113,49 @@ class Weights(Mapping[str, Tensor]):
         return len(self._readers)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._readers
+        return name in self._readers or name in self.tied
+
+    def __repr__(self) -> str:
+        return f"Weights({len(self)} parameters, source={self.source!r})"
+
+    def name_of(self, name: str) -> str:
+        """The name under which a parameter is listed: itself, unless it is tied to another."""
+        return name if name in self._readers else self.tied.get(name, name)
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a parameter, without reading it."""
-        return self._shapes[name]
+        return self._shapes[self.name_of(name)]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a parameter is stored in, without reading it."""
-        return self._dtypes[name]
+        return self._dtypes[self.name_of(name)]
 
     def layout(self, name: str) -> Layout:
         """Whether a matrix is stored (out, in), (in, out) or is none; see `Entry.layout`."""
+        name = self.name_of(name)
         if name in self._layouts:
             return self._layouts[name]
         return "out_in" if len(self._shapes[name]) >= 2 else "other"
+
+    def renamed(self, names: Mapping[str, str]) -> "Weights":
+        """The same weights under other names: `names` gives the new name of each old one; others stay."""
+
+        def new(name: str) -> str:
+            return names.get(name, name)
+
+        return Weights(
+            {new(name): reader for name, reader in self._readers.items()},
+            shapes={new(name): shape for name, shape in self._shapes.items()},
+            dtypes={new(name): dtype for name, dtype in self._dtypes.items()},
+            layouts={new(name): layout for name, layout in self._layouts.items()},
+            source=self.source,
+            tied={new(other): new(name) for other, name in self.tied.items()},
+            embeddings=frozenset(new(name) for name in self.embeddings),
+            skipped=self.skipped,
+        )
+
+
+def _live(name: str, value: Tensor) -> Tensor:
+    if value.is_meta:
+        raise UpdateError(f"{name} has no values (meta device); load the model without offloading")
+    return value.detach()

@@ -1,0 +1,137 @@
+"""The weights that lie at a path: a model's folder, a pipeline's folder, or one file."""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peft_analysis.errors import UpdateError
+from peft_analysis.updates.anatomy import Anatomy, anatomy
+from peft_analysis.updates.files import SAFE, TORCH, TensorFile, open_file, open_shards, read_json
+from peft_analysis.updates.weights import Weights
+
+log = logging.getLogger(__name__)
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
+BESIDE = ("adapter_model", "training_args", "optimizer", "scheduler", "rng_state")  # no weights of a model
+SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)$")
+
+
+def weights_at(path: Path) -> Weights:
+    """The weights of a folder or a file, named as the model's class names them where a config tells it.
+
+    Raises:
+        UpdateError: there is nothing, no weights, an adapter, a missing shard, a file that is cut off.
+    """
+    if not path.exists():
+        raise UpdateError(f"there is no folder or file {str(path)!r}; a model of the hub is downloaded first")
+    stored = open_file(path) if path.is_file() else open_folder(path)
+    folder = path if path.is_dir() else path.parent
+    return weights_of(stored, structure(folder), source=str(path))
+
+
+def weights_of(stored: TensorFile, parts: Anatomy | None, *, source: str) -> Weights:
+    """The weights of files, with what a model's structure says of them."""
+    parts = parts or Anatomy()
+    skipped = {}
+    for name in stored.tensors:
+        if name in parts.skipped:
+            skipped[name] = parts.skipped[name]
+    kept = {name: value for name, value in stored.tensors.items() if name not in skipped}
+    tied = {other: name for other, name in parts.tied.items() if name in kept}
+    return Weights(
+        {name: value.read for name, value in kept.items()},
+        shapes={name: value.shape for name, value in kept.items()},
+        dtypes={name: value.dtype for name, value in kept.items()},
+        layouts={name: layout for name, layout in parts.layouts.items() if name in kept},
+        source=source,
+        tied=tied,
+        embeddings=parts.embeddings & kept.keys(),
+        skipped=skipped,
+    )
+
+
+def open_folder(folder: Path) -> TensorFile:
+    """The tensors of a folder: shards by their index or their numbers, or its one file of weights.
+
+    Raises:
+        UpdateError: no weights, an adapter's folder, missing shards, several files that may be meant.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    for ending in (SAFE, *TORCH):
+        files = [name for name in names if name.endswith(ending) and not name.startswith(BESIDE)]
+        shards = [name for name in files if SHARD.match(Path(name).stem)]
+        whole = sorted(name for name in files if name not in shards)
+        usual = [f"{stem}{ending}" for stem in STEMS if f"{stem}{ending}" in whole]
+        indexes = [name for name in names if name.endswith(f"{ending}.index.json")]
+        if usual:
+            return open_file(folder / usual[0])
+        if len(indexes) == 1 or f"{STEMS[0]}{ending}.index.json" in indexes:
+            return _indexed(folder, sorted(indexes, key=lambda name: not name.startswith(STEMS[0]))[0])
+        if len(whole) > 1:
+            raise UpdateError(
+                f"{folder} holds several files of weights: {', '.join(whole)}; give one of them"
+            )
+        if whole:
+            return open_file(folder / whole[0])
+        if shards:
+            return _numbered(folder, shards)
+    if (folder / "adapter_config.json").is_file():
+        raise UpdateError(f"{folder} holds an adapter, not a model's weights; give the base model's folder")
+    raise UpdateError(f"{folder} holds no weights (*.safetensors, or *.bin / *.pt of plain tensors)")
+
+
+def structure(folder: Path) -> Anatomy | None:
+    """What the model's class says of its parameters, built on the meta device; None if it is unknown."""
+    model = meta_model(folder)
+    return anatomy(model) if model is not None else None
+
+
+def meta_model(folder: Path) -> nn.Module | None:
+    """The model that a folder's config describes, without values; None if transformers has no such class."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    described = read_json(path)
+    if not isinstance(described, dict) or "model_type" not in described:
+        return None
+    import transformers
+
+    named = described.get("architectures") or []
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        found = getattr(transformers, str(named[0]), None) if named else None
+        with torch.device("meta"):
+            if found is not None:
+                return found(config)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as unknown:
+        log.warning(
+            "%s: transformers does not know this model (%s); its layout is told from shapes alone",
+            path,
+            unknown,
+        )
+        return None
+
+
+def _indexed(folder: Path, index: str) -> TensorFile:
+    content = read_json(folder / index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UpdateError(f"{folder / index} has no weight_map; save the model again")
+    return open_shards(folder, {name: folder / str(file) for name, file in places.items()})
+
+
+def _numbered(folder: Path, shards: list[str]) -> TensorFile:
+    found = [match for name in shards if (match := SHARD.match(Path(name).stem))]
+    sets = {(match["stem"], match["count"]) for match in found}
+    if len(sets) > 1:
+        raise UpdateError(f"{folder} holds shards of several models: {', '.join(shards)}; give them apart")
+    count = int(found[0]["count"])
+    numbers = {int(match["number"]) for match in found}
+    absent = sorted(set(range(1, count + 1)) - numbers)
+    if absent:
+        raise UpdateError(f"{folder} lacks shards {absent} of {count}; copy the whole folder")
+    return replace(open_shards(folder, [folder / name for name in shards]), path=folder)
