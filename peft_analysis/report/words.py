@@ -1,0 +1,152 @@
+"""A report in words: the sentence on top, the lines below it, the few numbers that matter most."""
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_analysis.report.result import Report
+
+
+def headline(report: "Report") -> str:
+    """The answer in one sentence."""
+    rows = changed(report)
+    if not report.rows:
+        return "No matrix is part of this update."
+    if not rows:
+        return "Nothing was changed: every difference is zero."
+    return f"{_what(report, rows)}{_how_much(report)}{_of_rank(rows)}."
+
+
+def lines(report: "Report") -> list[str]:
+    """What else is to be known, a sentence each."""
+    rows = changed(report)
+    if not rows:
+        return []
+    found = [_largest(rows)]
+    found += [str(line) for line in (report.verdict or {}).get("evidence", ())]
+    found += _alignment(rows)
+    unsure = [row for row in rows if row.get("rank") is not None and not row.get("rank_reliable", True)]
+    if unsure:
+        many = _count(len(unsure), "matrix", "matrices")
+        found.append(f"The true rank of {many} cannot be relied on: {unsure[0]['rank_reason']}.")
+    if report.vectors:
+        found.append(f"Besides, {_count(len(report.vectors), 'vector')} (biases, norms) changed.")
+    return found
+
+
+def tiles(report: "Report") -> list[dict[str, str]]:
+    """Numbers for the top of the page: {"value": …, "text": …}."""
+    rows = changed(report)
+    found = []
+    if rows:
+        total = total_change(report)
+        if total is not None:
+            found.append(_tile(percent(total), "of the norm of the base’s matrices that were tuned"))
+        ranks = [row["rank"] for row in rows if row.get("rank") is not None]
+        if ranks:
+            found.append(_tile(_range(ranks), "true rank, from the least to the largest matrix"))
+        found.append(_tile(f"{median(row['effective_rank'] for row in rows):.3g}", "median effective rank"))
+        found.append(_tile(f"{len(rows)} of {len(report.rows)}", "matrices changed"))
+        counted = [row for row in rows if row.get("intruders_left") is not None]
+        if counted:
+            both = sum(row["intruders_left"] + row["intruders_right"] for row in counted)
+            found.append(
+                _tile(str(both), f"intruder dimensions, in {_count(len(counted), 'matrix', 'matrices')}")
+            )
+    return found
+
+
+def left_out(report: "Report") -> list[str]:
+    """What was not computed and why, a sentence each."""
+    return [
+        f"{one['what']} of {_count(one['matrices'], 'matrix', 'matrices')}: {one['why']}."
+        for one in report.left_out
+    ]
+
+
+def changed(report: "Report") -> list[dict[str, Any]]:
+    """The rows whose difference is not zero."""
+    return [row for row in report.rows if row["norm"]]
+
+
+def total_change(report: "Report") -> float | None:
+    """‖ΔW‖ / ‖W‖ over all matrices that changed; None where a base's norm is not known."""
+    above = below = 0.0
+    for row in changed(report):
+        if not row.get("relative_norm"):
+            return None
+        above += row["norm"] ** 2
+        below += (row["norm"] / row["relative_norm"]) ** 2
+    return (above / below) ** 0.5 if below else None
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A matrix's name in a sentence."""
+    return row["kind"] if row["block"] is None else f"block {row['block']} {row['kind']}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent, three digits."""
+    return f"{100 * share:.3g}\u00a0%"
+
+
+def _what(report: "Report", rows: Sequence[dict[str, Any]]) -> str:
+    told = (report.verdict or {}).get("headline")
+    if told:
+        return str(told)
+    kinds = sorted({row["origin"] for row in rows})
+    return f"{_count(len(rows), 'matrix', 'matrices')} changed ({', '.join(kinds)})"
+
+
+def _how_much(report: "Report") -> str:
+    total = total_change(report)
+    return "" if total is None else f", by {percent(total)} of their norm"
+
+
+def _of_rank(rows: Sequence[dict[str, Any]]) -> str:
+    ranks = [row["rank"] for row in rows if row.get("rank") is not None]
+    if not ranks:
+        return ""
+    return f", of true rank {_range(ranks)}"
+
+
+def _largest(rows: Sequence[dict[str, Any]]) -> str:
+    sized = "relative_norm" if all(row.get("relative_norm") for row in rows) else "norm"
+    order = sorted(rows, key=lambda row: -row[sized])[:3]
+    told = [
+        f"{name_of(row)} ({percent(row[sized]) if sized == 'relative_norm' else f'norm {row[sized]:.3g}'})"
+        for row in order
+    ]
+    return f"Changed most: {'; '.join(told)}."
+
+
+def _alignment(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    known = [row for row in rows if row.get("overlap_left") is not None]
+    if known:
+        parts = []
+        for side, name in (("left", "output"), ("right", "input")):
+            seen = median(row[f"overlap_{side}"] for row in known)
+            chance = median(row[f"chance_{side}"] for row in known)
+            parts.append(f"{percent(seen)} on the {name} side ({percent(chance)} by chance)")
+        yield f"Overlap with the base's strongest directions, medians: {', '.join(parts)}."
+    counted = [row for row in rows if row.get("intruders_left") is not None]
+    having = [row for row in counted if row["intruders_left"] + row["intruders_right"]]
+    if counted:
+        most = max(counted, key=lambda row: row["intruders_left"] + row["intruders_right"])
+        where = f"{most['intruders_left']} outputs, {most['intruders_right']} inputs"
+        told = f"Intruder dimensions in {len(having)} of {_count(len(counted), 'matrix', 'matrices')}"
+        yield told + (f", most in {name_of(most)} ({where})." if having else ".")
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _tile(value: str, text: str) -> dict[str, str]:
+    return {"value": value, "text": text}
