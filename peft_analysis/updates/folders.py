@@ -4,6 +4,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,50 +12,64 @@ from torch import nn
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates.anatomy import Anatomy, anatomy
 from peft_analysis.updates.files import SAFE, TORCH, TensorFile, open_file, open_shards, read_json
+from peft_analysis.updates.stored_names import as_model_names
 from peft_analysis.updates.weights import Weights
 
 log = logging.getLogger(__name__)
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 BESIDE = ("adapter_model", "training_args", "optimizer", "scheduler", "rng_state")  # no weights of a model
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)$")
+PIPELINE = "model_index.json"
 
 
 def weights_at(path: Path) -> Weights:
     """The weights of a folder or a file, named as the model's class names them where a config tells it.
+
+    A pipeline's folder gives the weights of all its parts, with the part's name in front ('unet.').
 
     Raises:
         UpdateError: there is nothing, no weights, an adapter, a missing shard, a file that is cut off.
     """
     if not path.exists():
         raise UpdateError(f"there is no folder or file {str(path)!r}; a model of the hub is downloaded first")
+    if (path / PIPELINE).is_file():
+        return _pipeline(path)
     stored = open_file(path) if path.is_file() else open_folder(path)
-    folder = path if path.is_dir() else path.parent
-    return weights_of(stored, structure(folder), source=str(path))
+    return weights_of(replace(stored, path=path), meta_model(path if path.is_dir() else path.parent))
 
 
-def weights_of(stored: TensorFile, parts: Anatomy | None, *, source: str) -> Weights:
-    """The weights of files, with what a model's structure says of them."""
-    parts = parts or Anatomy()
-    skipped = {}
-    for name in stored.tensors:
-        if name in parts.skipped:
-            skipped[name] = parts.skipped[name]
-    kept = {name: value for name, value in stored.tensors.items() if name not in skipped}
-    tied = {other: name for other, name in parts.tied.items() if name in kept}
+def weights_of(stored: TensorFile, model: nn.Module | None = None) -> Weights:
+    """The weights of files, with what a model's structure says of them, if it is known."""
+    parts = Anatomy() if model is None else anatomy(model)
+    tensors = dict(stored.tensors if model is None else as_model_names(stored.tensors, model))
+    own = parts.parameters.keys() | parts.buffers.keys() | parts.tied.keys()
+    known = Weights.of_tensors(
+        dict.fromkeys(own, torch.empty(0)), skipped=parts.skipped, ignored=parts.ignored
+    )
+    skipped = {name: reason for name in tensors if (reason := known.why_skipped(name))}
+    kept = {name: value for name, value in tensors.items() if name not in skipped}
+    tied = {}
+    for other, name in parts.tied.items():
+        if name not in kept and other in kept:
+            kept[name] = kept.pop(other)  # stored under the other of its names
+        if name in kept and (other not in kept or torch.equal(kept[other].read(), kept[name].read())):
+            kept.pop(other, None)
+            tied[other] = name
     return Weights(
         {name: value.read for name, value in kept.items()},
         shapes={name: value.shape for name, value in kept.items()},
         dtypes={name: value.dtype for name, value in kept.items()},
         layouts={name: layout for name, layout in parts.layouts.items() if name in kept},
-        source=source,
+        source=str(stored.path),
         tied=tied,
         embeddings=parts.embeddings & kept.keys(),
-        skipped=skipped,
+        skipped={**parts.skipped, **skipped},
+        ignored=parts.ignored,
     )
 
 
 def open_folder(folder: Path) -> TensorFile:
-    """The tensors of a folder: shards by their index or their numbers, or its one file of weights.
+    """The tensors of a folder: its one file of weights, or shards by their index or their numbers.
 
     Raises:
         UpdateError: no weights, an adapter's folder, missing shards, several files that may be meant.
@@ -83,18 +98,10 @@ def open_folder(folder: Path) -> TensorFile:
     raise UpdateError(f"{folder} holds no weights (*.safetensors, or *.bin / *.pt of plain tensors)")
 
 
-def structure(folder: Path) -> Anatomy | None:
-    """What the model's class says of its parameters, built on the meta device; None if it is unknown."""
-    model = meta_model(folder)
-    return anatomy(model) if model is not None else None
-
-
 def meta_model(folder: Path) -> nn.Module | None:
     """The model that a folder's config describes, without values; None if transformers has no such class."""
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    described = read_json(path)
+    described = read_json(path) if path.is_file() else None
     if not isinstance(described, dict) or "model_type" not in described:
         return None
     import transformers
@@ -102,7 +109,7 @@ def meta_model(folder: Path) -> nn.Module | None:
     named = described.get("architectures") or []
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        found = getattr(transformers, str(named[0]), None) if named else None
+        found: Any = getattr(transformers, str(named[0]), None) if named else None
         with torch.device("meta"):
             if found is not None:
                 return found(config)
@@ -114,6 +121,16 @@ def meta_model(folder: Path) -> nn.Module | None:
             unknown,
         )
         return None
+
+
+def _pipeline(folder: Path) -> Weights:
+    index = read_json(folder / PIPELINE)
+    parts = [name for name in index if (folder / name / "config.json").is_file()]
+    if not parts:
+        raise UpdateError(
+            f"{folder} has a {PIPELINE}, but no part of it has a config.json; copy the whole folder"
+        )
+    return Weights.joined({name: weights_at(folder / name) for name in parts}, source=str(folder))
 
 
 def _indexed(folder: Path, index: str) -> TensorFile:

@@ -24,99 +24,106 @@ def read_pair(base: Weights, tuned: Weights, *, chosen: Chosen | None = None) ->
     The two may lie in other shards and dtypes; the difference is taken in float32, or in float64 where either
     is stored so. A prefix that all names of one have more ('model.') does not matter: names are the base's.
     Embeddings of different lengths are compared in the rows they have in common, which their entry's
-    `details` say.
+    `details` say. Buffers that count or mask are in `skipped`.
 
     Raises:
         UpdateError: names that only one has, other shapes, quantised weights; all of them are listed.
     """
-    chosen = chosen or Chosen()
-    names = _matched(base, tuned, chosen)
+    names, skipped = _matched(base, tuned, chosen or Chosen())
     entries, wrong = {}, []
     for name, theirs in names.items():
-        reason = _quantised(name, base.dtype(name), tuned.dtype(theirs))
-        if reason:
-            wrong.append(reason)
-            continue
+        shapes, dtypes = (base.shape(name), tuned.shape(theirs)), (base.dtype(name), tuned.dtype(theirs))
         details: dict[str, Any] = {}
-        if base.shape(name) != tuned.shape(theirs):
-            if not _resized(name, theirs, base, tuned):
-                wrong.append(f"{name}: {tuple(tuned.shape(theirs))}, in the base {tuple(base.shape(name))}")
+        if shapes[0] != shapes[1]:
+            if not _has_token_rows(name, theirs, base, tuned):
+                wrong.append(f"{name} has shape {tuple(shapes[1])}, in the base {tuple(shapes[0])}")
                 continue
-            details = _rows(base.shape(name)[0], tuned.shape(theirs)[0])
+            details = _rows(shapes[0][0], shapes[1][0])
+        if any(quantised_dtype(dtype) or dtype.is_complex for dtype in dtypes):
+            if _same_codes(name, theirs, base, tuned):
+                skipped[name] = f"numbers of {dtypes[0]}, the same in both"
+            else:
+                wrong.append(f"{name} is stored as {_both(*dtypes)}, which is no plain number")
+            continue
+        read = partial(_difference, name, partial(base.__getitem__, name), partial(tuned.__getitem__, theirs))
         entries[name] = Entry(
-            base.shape(name),
-            partial(_difference, name, partial(base.__getitem__, name), partial(tuned.__getitem__, theirs)),
+            shapes[0],
+            read,
             kind="difference",
             layout=base.layout(name),
-            rounded=tuned.dtype(theirs),
-            base_rounded=base.dtype(name),
+            rounded=dtypes[1],
+            base_rounded=dtypes[0],
             details=details,
         )
     if wrong:
         raise UpdateError(
             f"{tuned.source} does not fit {base.source} in {len(wrong)} parameters: {listed(wrong, '; ')}. "
-            "Is it a tuned copy of this base?"
+            "Give a tuned copy of this base; dequantise what is quantised"
         )
-    return WeightUpdate(entries, base=base, source=f"{tuned.source} − {base.source}")
+    return WeightUpdate(entries, base=base, source=f"{tuned.source} − {base.source}", skipped=skipped)
 
 
-def _matched(base: Weights, tuned: Weights, chosen: Chosen) -> dict[str, str]:
-    """The tuned checkpoint's name of each parameter, by the base's name."""
-    to_base = prefix_between(list(tuned), list(base))
-    by_name = {to_base(name): name for name in tuned}
+def _matched(base: Weights, tuned: Weights, chosen: Chosen) -> tuple[dict[str, str], dict[str, str]]:
+    """The tuned checkpoint's name of each parameter, by the base's name; and what is no parameter."""
+    to_base = prefix_between([*tuned, *tuned.tied], [*base, *base.tied])
+    theirs = {to_base(name): name for name in tuned}
     also = {to_base(other): name for other, name in tuned.tied.items()}
     names: dict[str, str] = {}
-    only_base = []
+    skipped: dict[str, str] = {}
+    left_over: dict[str, list[str]] = {base.source: [], f"{tuned.source} (tuned)": []}
+    of_base, of_tuned = left_over.values()
+    passed = {to_base(name): reason for name, reason in tuned.skipped.items()}
     for name in chosen.of(base):
-        if name in by_name:
-            names[name] = by_name[name]
-        elif name in also:
-            names[name] = also[name]
+        if name in theirs or name in also:
+            names[name] = theirs[name] if name in theirs else also[name]
+        elif reason := passed.get(name) or tuned.why_skipped(name):
+            skipped[name] = reason
         else:
-            only_base.append(name)
+            of_base.append(name)
     used = set(names.values())
-    left = [name for name in chosen.of(by_name) if by_name[name] not in used and name not in names]
-    only_tuned = []
-    for name in left:
-        if name not in base:
-            only_tuned.append(name)
-        elif not _same(tuned, by_name[name], names.get(base.name_of(name))):
-            names[name] = by_name[name]  # tied in the base, no longer in the tuned model
-    if only_base or only_tuned:
-        parts = [
-            f"only {source} has {listed(found)}"
-            for source, found in ((base.source, only_base), (tuned.source, only_tuned))
-            if found
-        ]
+    for name in chosen.of(theirs):
+        if name in names or theirs[name] in used:
+            continue
+        if reason := base.why_skipped(name):
+            skipped[name] = reason
+        elif name not in base:
+            of_tuned.append(theirs[name])
+        elif not _same(tuned, theirs[name], names.get(base.name_of(name))):
+            names[name] = theirs[name]  # tied in the base, no longer in the tuned model
+    parts = [f"only {source} has {listed(found)}" for source, found in left_over.items() if found]
+    if parts:
         raise UpdateError(
-            f"the names differ: {'; '.join(parts)}. Give checkpoints of one architecture, or leave "
-            "names out with only= or without="
+            f"the names differ: {'; '.join(parts)}. Give checkpoints of one architecture, or leave names out "
+            "with without="
         )
     if not names:
         raise UpdateError(f"{base.source} and {tuned.source} have no parameter in common that was asked for")
-    return names
+    return names, skipped
 
 
 def _same(weights: Weights, name: str, other: str | None) -> bool:
     return other is not None and torch.equal(weights[name], weights[other])
 
 
-def _quantised(name: str, *dtypes: torch.dtype) -> str | None:
-    for dtype in dtypes:
-        if quantised_dtype(dtype):
-            return f"{name} is stored as {dtype}, in codes and not in numbers; dequantise it first"
-        if dtype.is_complex:
-            return f"{name} is complex ({dtype}), which is not read"
-    return None
+def _same_codes(name: str, theirs: str, base: Weights, tuned: Weights) -> bool:
+    """Whether integers say the same in both: entry by entry, or a count, which is no weight."""
+    if base.dtype(name) != tuned.dtype(theirs) or base.shape(name) != tuned.shape(theirs):
+        return False
+    return base.shape(name).numel() == 1 or torch.equal(base[name], tuned[theirs])
 
 
-def _resized(name: str, theirs: str, base: Weights, tuned: Weights) -> bool:
-    """Whether a parameter has a row for each token, and all such parameters grew alike."""
+def _both(one: torch.dtype, other: torch.dtype) -> str:
+    return str(one) if one == other else f"{one} in the base and {other}"
+
+
+def _has_token_rows(name: str, theirs: str, base: Weights, tuned: Weights) -> bool:
+    """Whether a parameter has a row for each token, so that the rows of two lengths mean the same."""
     ours, other = base.shape(name), tuned.shape(theirs)
     if len(ours) != len(other) or not ours or ours[1:] != other[1:]:
         return False
-    known = base.embeddings | {base.name_of(found) for found in base.embeddings}
-    return name in known or theirs in tuned.embeddings or (not known and bool(ROWS.search(name)))
+    if base.embeddings or tuned.embeddings:
+        return name in base.embeddings or theirs in tuned.embeddings
+    return bool(ROWS.search(name))
 
 
 def _rows(before: int, after: int) -> dict[str, Any]:

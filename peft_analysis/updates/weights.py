@@ -1,7 +1,8 @@
 """The parameters of a model, wherever they lie, read one at a time."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class Weights(Mapping[str, Tensor]):
         source: where they come from, in words, for messages.
         tied: for each other name of a tied parameter, the name under which it is listed.
         embeddings: names of parameters with a row for each token or position, where a model told.
-        skipped: names that were found and left out, each with the reason.
+        skipped: names that were found or may be, and are no weights, each with the reason.
+        ignored: regular expressions of names that the model does not read from a checkpoint.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Weights(Mapping[str, Tensor]):
         tied: Mapping[str, str] | None = None,
         embeddings: frozenset[str] = frozenset(),
         skipped: Mapping[str, str] | None = None,
+        ignored: Sequence[str] = (),
     ) -> None:
         self._readers = dict(readers)
         self._shapes = dict(shapes)
@@ -47,6 +50,7 @@ class Weights(Mapping[str, Tensor]):
         self.tied = dict(tied or {})
         self.embeddings = embeddings
         self.skipped = dict(skipped or {})
+        self.ignored = tuple(ignored)
 
     @classmethod
     def of(cls, source: "nn.Module | Weights | str | os.PathLike[str] | Mapping[str, Tensor]") -> "Weights":
@@ -85,6 +89,7 @@ class Weights(Mapping[str, Tensor]):
             tied=parts.tied,
             embeddings=parts.embeddings,
             skipped=parts.skipped,
+            ignored=parts.ignored,
         )
 
     @classmethod
@@ -151,8 +156,40 @@ class Weights(Mapping[str, Tensor]):
             source=self.source,
             tied={new(other): new(name) for other, name in self.tied.items()},
             embeddings=frozenset(new(name) for name in self.embeddings),
-            skipped=self.skipped,
+            skipped={new(name): reason for name, reason in self.skipped.items()},
+            ignored=self.ignored,
         )
+
+    @classmethod
+    def joined(cls, parts: "Mapping[str, Weights]", *, source: str) -> "Weights":
+        """Several models as one, each under its own name: 'unet.', 'text_encoder.'."""
+        named = [
+            weights.renamed({name: f"{part}.{name}" for name in (*weights, *weights.tied, *weights.skipped)})
+            for part, weights in parts.items()
+        ]
+
+        def merged(attribute: str) -> dict[str, Any]:
+            return {key: value for weights in named for key, value in getattr(weights, attribute).items()}
+
+        return cls(
+            merged("_readers"),
+            shapes=merged("_shapes"),
+            dtypes=merged("_dtypes"),
+            layouts=merged("_layouts"),
+            source=source,
+            tied=merged("tied"),
+            embeddings=frozenset().union(*(weights.embeddings for weights in named)),
+            skipped=merged("skipped"),
+            ignored=[pattern for weights in named for pattern in weights.ignored],
+        )
+
+    def why_skipped(self, name: str) -> str | None:
+        """Why a name that a checkpoint holds is no weight of this model; None if it is one."""
+        if name in self.skipped:
+            return self.skipped[name]
+        if name not in self and any(re.search(pattern, name) for pattern in self.ignored):
+            return "the model does not read it from a checkpoint"
+        return None
 
 
 def _live(name: str, value: Tensor) -> Tensor:
