@@ -60,13 +60,16 @@ class BaseSVD:
 
     @property
     def rank(self) -> int:
-        """How many singular values are above max(m, n) ε of the kept dtype times the largest."""
+        """How many singular values are above `zero`."""
         return int((self.zero < self.S).sum())
 
     @property
     def zero(self) -> float:
-        """Below this a singular value is rounding: max(m, n) ε σ₁."""
-        return max(self.shape) * torch.finfo(self.S.dtype).eps * float(self.S[0])
+        """Below this a singular value is rounding: 8 ε σ₁ of the kept dtype, or max(m, n) ε₆₄ σ₁ if more.
+
+        Entries rounded to float32 move singular values by about ε₃₂ σ₁ at most, whatever the size.
+        """
+        return rounding(self.shape, self.S.dtype) * float(self.S[0])
 
     @property
     def bytes(self) -> int:
@@ -191,6 +194,11 @@ class SVDCache:
         self._kept[place] = found
         while sum(one.bytes for one in self._kept.values()) > self.memory:
             self._kept.popitem(last=False)
+
+
+def rounding(shape: torch.Size, dtype: torch.dtype) -> float:
+    """Singular values this small, over the largest, are rounding; see `BaseSVD.zero`."""
+    return max(8 * torch.finfo(dtype).eps, max(shape) * torch.finfo(torch.float64).eps)
 
 
 def weight_key(matrix: Float[Tensor, "m n"]) -> str:

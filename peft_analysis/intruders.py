@@ -11,8 +11,10 @@ from torch import Tensor
 from manifolds import LowRank
 from peft_analysis.base_svd import BaseSVD, SVDCache, check_matrix
 from peft_analysis.errors import UpdateError
-from peft_analysis.rotated import top_triplets
+from peft_analysis.rotated import Triplets, top_triplets
 from peft_analysis.subspaces import Side
+
+SIDES: tuple[Side, ...] = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -163,34 +165,27 @@ def intruders(
         >>> found.count, found.indices
         (1, tensor([0]))
     """
-    base_matrix, update_matrix = _checked(base_matrix, update_matrix, epsilon, k, side)
-    base = _base(base_matrix, base_svd, cache)
+    base_matrix, update_matrix = checked(base_matrix, update_matrix, epsilon, k, side)
+    base = decomposed(base_matrix, base_svd, cache)
     found = top_triplets(base, update_matrix, min(k, base.S.numel()), thresholds=(epsilon,) if early else ())
-    largest = float(found.values[0])
-    rounding = max(base.shape) * torch.finfo(base.S.dtype).eps * max(largest, float(base.S[0]))
-    examined = int((found.values > rounding).sum())
-    sides = {
-        name: _side(base, vectors[:, :examined], errors[:examined], epsilon, complete=base.shape[place])
-        for place, (name, vectors, errors) in enumerate(
-            (("left", found.left, found.left_errors), ("right", found.right, found.right_errors))
-        )
-        if side in (None, name)
-    }
+    sides = {name: judged(base, found, epsilon, name) for name in SIDES if side in (None, name)}
     return Intruders(
         epsilon=float(epsilon),
         k=k,
-        examined=examined,
-        singular_values=found.values[:examined].to(base.S.dtype),
+        examined=len(found.values),
+        singular_values=found.values.to(base.S.dtype),
         left=sides.get("left"),
         right=sides.get("right"),
         method="rotated" if found.iterated else "dense",
     )
 
 
-def _side(base: BaseSVD, vectors: Tensor, errors: Tensor, epsilon: float, *, complete: int) -> IntruderSide:
-    """Verdicts on vectors (p, k) in the base's singular basis, of a side with so many dimensions."""
+def judged(base: BaseSVD, found: Triplets, epsilon: float, side: Side) -> IntruderSide:
+    """The verdicts on one side of the leading triplets."""
+    left = side == "left"
+    vectors, errors = (found.left, found.left_errors) if left else (found.right, found.right_errors)
     similarities, matches = vectors.abs().max(0)
-    low, high = _range(base, vectors, complete)
+    low, high = _range(base, vectors, base.shape[0 if left else 1])
     low, high = torch.minimum(low, similarities), torch.maximum(high, similarities)
     return IntruderSide(
         similarities=similarities.to(base.S.dtype),
@@ -227,8 +222,12 @@ def _range(base: BaseSVD, vectors: Tensor, complete: int) -> tuple[Tensor, Tenso
     return (mass / sizes.sqrt()[:, None]).amax(0), mass.amax(0)
 
 
-def _checked(
-    base: Tensor, update: Tensor | LowRank, epsilon: float, k: int, side: Side | None
+def checked(
+    base: Tensor,
+    update: Tensor | LowRank,
+    epsilon: float = 0.5,
+    k: int = 1,
+    side: Side | None = None,
 ) -> tuple[Tensor, Tensor | LowRank]:
     """Both as matrices, after a look at every argument."""
     if not 0 < epsilon <= 1:
@@ -251,7 +250,7 @@ def _checked(
     return base, update
 
 
-def _base(matrix: Tensor, base_svd: BaseSVD | None, cache: SVDCache | None) -> BaseSVD:
+def decomposed(matrix: Tensor, base_svd: BaseSVD | None, cache: SVDCache | None) -> BaseSVD:
     """The base's decomposition: given, from the cache, or computed."""
     if base_svd is None:
         return cache(matrix) if cache is not None else BaseSVD.of(matrix)

@@ -54,8 +54,8 @@ def principal_angles(
 def overlap(a: Matrix, b: Matrix, i: int, j: int, *, side: Side = "left") -> Float[Tensor, ""]:
     """How much of the top-i singular space of one matrix lies in the top-j space of another, 0 to 1.
 
-    Formula: φ(i, j) = ‖U_aⁱᵀ U_bʲ‖² / min(i, j), LoRA's Eq. 4 (Hu et al. 2021, section 7.2); 1 where one space
-    holds the other.
+    Formula: φ(i, j) = ‖U_aⁱᵀ U_bʲ‖² / min(i, j), LoRA's Eq. 4 (Hu et al. 2021, section 7.2); 1 where one
+    space holds the other.
 
     Args:
         a: matrix (m, n), dense, a `LowRank`, or a `BaseSVD`.
@@ -100,7 +100,7 @@ def singular_basis(matrix: Matrix, *, side: Side = "left", top: int | None = Non
         vectors, rank = (matrix.U if side == "left" else matrix.V), matrix.rank
     else:
         vectors, values, shape = _decompose(matrix, side)
-        limit = max(shape) * torch.finfo(matrix.dtype).eps
+        limit = max(*shape, 1) * torch.finfo(values.dtype).eps
         rank = int((values > limit * values[:1]).sum())
     if top is not None and not 1 <= top <= rank:
         raise UpdateError(
@@ -110,25 +110,21 @@ def singular_basis(matrix: Matrix, *, side: Side = "left", top: int | None = Non
 
 
 def _decompose(matrix: Tensor | LowRank, side: Side) -> tuple[Tensor, Tensor, torch.Size]:
-    """Singular vectors of one side, singular values, and the shape that the rank's tolerance is taken from."""
+    """Singular vectors of one side, singular values, and the shape (for the tolerance of the rank)."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
     if isinstance(matrix, LowRank):
         if len(matrix.shape) != 2:
             raise UpdateError(f"a LowRank of shape {tuple(matrix.shape)} is a batch; give one matrix")
-        for factor in (matrix.left, matrix.right):
-            if not bool(factor.isfinite().all()):
-                raise UpdateError(f"{matrix} holds NaN or infinity in its factors")
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        left, values, right = wide.svd()
+        if not bool(matrix.left.isfinite().all() and matrix.right.isfinite().all()):
+            raise UpdateError(f"{matrix} holds NaN or infinity in its factors")
+        left, values, right = matrix.to(dtype).svd()
+    elif matrix.ndim == 2 and matrix.is_floating_point() and not matrix.numel():
+        rows, columns = matrix.shape
+        left, right = matrix.new_zeros(rows, 0, dtype=dtype), matrix.new_zeros(0, columns, dtype=dtype)
+        values = left.new_zeros(0)
     else:
-        if matrix.ndim == 2 and not matrix.numel():
-            return (
-                matrix.new_zeros(matrix.shape[0 if side == "left" else 1], 0),
-                matrix.new_zeros(0),
-                matrix.shape,
-            )
         check_matrix(matrix, "the matrix")
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        left, values, right = torch.linalg.svd(wide, full_matrices=False)
+        left, values, right = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
     return (left if side == "left" else right.mT), values, matrix.shape
 
 
