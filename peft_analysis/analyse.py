@@ -4,29 +4,25 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 
-from manifolds import LowRank
 from peft_analysis.base_svd import SVDCache
 from peft_analysis.errors import UpdateError
 from peft_analysis.report.measure import Settings, measure
 from peft_analysis.report.processes import Processes
 from peft_analysis.report.result import Report
 from peft_analysis.report.resume import Kept
-from peft_analysis.updates import Weights, WeightUpdate
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from peft_analysis.updates import WeightUpdate
+from peft_analysis.updates.read import read_update
 
 PACKAGES = ("torch", "peft", "transformers", "safetensors", "numpy")
 
 
 def analyse(
-    base: "nn.Module | Weights | str | Path | None",
-    tuned: "nn.Module | PeftModel | WeightUpdate | Weights | str | Path",
+    base: Any,
+    tuned: Any,
     *,
     names: Iterable[str] | None = None,
     max_base_side: int | None = 2048,
@@ -38,6 +34,7 @@ def analyse(
     cache: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool | None = None,
+    name: str | None = None,
 ) -> Report:
     """Read an update and say what it is: how large, of what rank, along what, with what intruders.
 
@@ -45,9 +42,9 @@ def analyse(
     launch`, torchrun) they are shared, and every process returns the whole report.
 
     Args:
-        base: what was tuned: a module, a folder, or None for an adapter alone; then everything relative to
-            the base is NaN.
-        tuned: a module, a folder, a file, or a `WeightUpdate`; see `peft_analysis.read_update`.
+        base: what was tuned, as `read_update` takes it: a module, a folder, or None for an adapter alone;
+            then everything relative to the base is NaN.
+        tuned: an adapter, a module, a folder, a file, a `WeightUpdate`, or a sequence; see `read_update`.
         names: only these parameters; all if None.
         max_base_side: base matrices whose smaller side is above it are not decomposed, because that takes
             minutes: their angles, overlaps and intruders are left out, and the report says so. None for all,
@@ -61,12 +58,14 @@ def analyse(
         resume: a folder that keeps the row of each matrix: a stopped analysis goes on where it was. Rows of
             other values or settings are computed anew.
         progress: whether to show a bar, by bytes of matrices; None: on a terminal.
+        name: what the page calls the update; the name of its file or folder if None.
 
     Raises:
         UpdateError: the update cannot be read (see `read_update`), does not fit the base, or holds NaN; an
             unknown name; a setting that no matrix could be measured with.
 
     Example:
+        >>> from manifolds import LowRank
         >>> from peft_analysis import WeightUpdate
         >>> low = LowRank(torch.eye(8, 2), torch.eye(2, 6))
         >>> report = analyse(None, WeightUpdate.from_tensors({"model.layers.0.mlp.up_proj.weight": low}))
@@ -74,7 +73,7 @@ def analyse(
         [[0, 'mlp.up_proj', 2.0]]
     """
     settings = Settings(max_base_side=max_base_side, top=top, epsilon=epsilon, k=k, seed=seed)
-    update = _update(base, tuned)
+    update = read_update(base, tuned)
     chosen = _chosen(update, names)
     processes = Processes.current()
     kept = None if resume is None else Kept(resume, settings.to_dict())
@@ -103,22 +102,16 @@ def analyse(
     rows = {name: row for part in parts for name, row in part.items()}
     vectors = processes.together(lambda: _vectors(update, names))
     return Report(
+        name=name or (Path(tuned).name if isinstance(tuned, str | Path) else "") or "this update",
         source=update.source,
         base=None if update.base is None else update.base.source,
         rows=tuple(rows[name] for name in chosen),
         vectors=tuple(vectors),
         left_out=_left_out([rows[name] for name in chosen]),
+        notes=_notes(update),
         settings=settings.to_dict() | {"processes": processes.world, "device": str(where or "as stored")},
         versions=_versions(),
     )
-
-
-def _update(base: Any, tuned: Any) -> WeightUpdate:
-    if isinstance(tuned, WeightUpdate) and base is None:
-        return tuned
-    from peft_analysis.updates.read import read_update
-
-    return read_update(base, tuned)
 
 
 def _chosen(update: WeightUpdate, names: Iterable[str] | None) -> list[str]:
@@ -183,8 +176,7 @@ def _vectors(update: WeightUpdate, names: Iterable[str] | None) -> list[dict[str
     for name in update:
         if name in matrices or (wanted is not None and name not in wanted):
             continue
-        value = update[name].dense() if isinstance(update[name], LowRank) else update[name]
-        norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
+        norm = float(torch.linalg.vector_norm(update.dense(name), dtype=torch.float64))
         if norm != norm or norm == float("inf"):
             raise UpdateError(f"{name} holds NaN or infinity; look at the checkpoint it was read from")
         if norm == 0:
@@ -208,6 +200,18 @@ def _left_out(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
         for what, why in row.get("left_out", {}).items():
             counts[WHAT[what], why] = counts.get((WHAT[what], why), 0) + 1
     return tuple({"what": what, "why": why, "matrices": count} for (what, why), count in counts.items())
+
+
+def _notes(update: WeightUpdate) -> tuple[str, ...]:
+    """What the files held beside the update, reason by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in update.skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    found = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        found.append(f"Not part of the update: {', '.join(names[:5])}{more} ({reason}).")
+    return tuple(found)
 
 
 def _versions() -> dict[str, str]:

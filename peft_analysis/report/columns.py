@@ -122,12 +122,17 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("chance_right", "chance, inputs", "base", "share", "The same for input directions.", "base svd"),
     Column(
+        "rank_slope", "base rank’s slope", "base", "number",
+        "How fast the effective rank of W + tΔW rises with t at t = 0; below 0 the update lowers it.",
+        "base svd",
+    ),
+    Column(
         "delta_magnitude", "ΔM", "direction", "number",
-        "Mean change of the length of the weight's columns (Liu et al. 2024, DoRA).", "base",
+        "Mean change of length of the weight vectors of the outputs (Liu et al. 2024, DoRA).", "base",
     ),
     Column(
         "delta_direction", "ΔD", "direction", "number",
-        "Mean of 1 − cosine between the weight's columns before and after (Liu et al. 2024, DoRA).", "base",
+        "Mean of 1 − cosine between these vectors before and after (Liu et al. 2024, DoRA).", "base",
     ),
     Column("verdict", "verdict", "verdict", "text", "Low rank, full rank or unknown."),
     Column(

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from manifolds import LowRank
 from peft_analysis.base_svd import BaseSVD, SVDCache
+from peft_analysis.directions import direction_change
 from peft_analysis.errors import UpdateError
 from peft_analysis.intruders import IntruderSide, intruders
+from peft_analysis.rank_path import effective_rank_slope
 from peft_analysis.report.names import place
 from peft_analysis.spectrum import Spectrum, spectrum
-from peft_analysis.subspaces import overlap, principal_angles
+from peft_analysis.subspaces import Side, overlap, principal_angles
 from peft_analysis.updates import Entry, WeightUpdate
 
 POINTS = 160  # of a drawn spectrum
@@ -112,6 +114,8 @@ def _measured(
     wide = base.float() if base.dtype in HALF else base
     size = float(torch.linalg.vector_norm(wide, dtype=torch.float64))
     row["relative_norm"] = seen.frobenius / size if size else None
+    turned = direction_change(base, difference)
+    row |= {"delta_magnitude": turned.magnitude, "delta_direction": _number(turned.direction)}
     side = min(base.shape)
     if seen.frobenius == 0:
         return row | {"intruders_left": 0, "intruders_right": 0}
@@ -123,6 +127,7 @@ def _measured(
     decomposed = (cache or SVDCache(memory=0))(base)
     row["relative_spectral"] = seen.spectral / float(decomposed.S[0])
     row["curves"]["base"] = curve(decomposed.S)
+    row["rank_slope"] = _number(float(effective_rank_slope(base, difference, base_svd=decomposed)))
     _aligned(row, strongest(difference, seen, settings.top), decomposed, settings.top)
     found = intruders(base, difference, settings.epsilon, settings.k, base_svd=decomposed)
     row["curves"]["intruders"] = {
@@ -180,7 +185,8 @@ def _aligned(row: dict[str, Any], directions: LowRank, base: BaseSVD, top: int) 
     """Angles and overlap of the update's strongest directions with the base's, on both sides."""
     wanted = min(top, base.rank)
     angles = {}
-    for side, width in (("left", base.shape[0]), ("right", base.shape[1])):
+    sides: tuple[tuple[Side, int], ...] = (("left", base.shape[0]), ("right", base.shape[1]))
+    for side, width in sides:
         found = principal_angles(directions, base, side=side, top=(None, wanted)).flip(0)
         angles[side] = [float(angle) for angle in found]
         row[f"angle_{side}"] = angles[side][0]

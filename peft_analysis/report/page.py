@@ -5,7 +5,6 @@ import json
 import math
 import re
 from importlib.resources import files
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from peft_analysis.report import words
@@ -37,7 +36,6 @@ def page(report: "Report") -> str:
 
 def payload(report: "Report") -> dict[str, Any]:
     """Everything that the page's script reads, as JSON values; numbers with six digits."""
-    name = PurePath(report.source).name or report.source
     size = sum(row["rows"] * row["columns"] for row in report.rows)
     asked = f"{report.source}, " + (f"beside {report.base}" if report.base else "without its base")
     columns = [
@@ -46,9 +44,9 @@ def payload(report: "Report") -> dict[str, Any]:
     ]
     found: dict[str, Any] = _short(
         {
-            "title": f"What {name} changed",
-            "asked": f"{asked}: {len(report.rows)} matrices of {size:,} numbers.",
-            "stem": re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "report",
+            "title": f"What {report.name} changed",
+            "asked": f"{asked[0].upper()}{asked[1:]}: {len(report.rows)} matrices of {size:,} numbers.",
+            "stem": re.sub(r"[^A-Za-z0-9_.-]+", "-", report.name).strip("-.") or "report",
             "headline": words.headline(report),
             "lines": words.lines(report),
             "tiles": words.tiles(report),

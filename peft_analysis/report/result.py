@@ -26,6 +26,7 @@ class Report:
     Every value is plain JSON; a number that is not known is None there and NaN (or <NA>) in the table.
 
     Attributes:
+        name: what the page calls the update.
         source: where the update comes from, in words.
         base: where the base's weights come from, or None.
         rows: one record a matrix, in the order of the update: the columns of the table, and under "curves"
@@ -38,6 +39,7 @@ class Report:
         versions: of the packages that computed.
     """
 
+    name: str
     source: str
     base: str | None
     rows: tuple[dict[str, Any], ...]
@@ -80,6 +82,7 @@ class Report:
         return {
             "format": FORMAT,
             "version": VERSION,
+            "name": self.name,
             "source": self.source,
             "base": self.base,
             "verdict": self.verdict,
@@ -121,9 +124,10 @@ class Report:
                 f"{path} is a report of version {data.get('version')}, and this code reads {VERSION}; "
                 "run the analysis again"
             )
-        lists = {name: tuple(data[name]) for name in ("rows", "vectors", "left_out", "notes")}
-        plain = {name: data[name] for name in ("source", "base", "verdict", "settings", "versions")}
-        return cls(**lists, **plain)
+        known: dict[str, Any] = {name: data[name] for name in ("name", "source", "base", "verdict")}
+        known |= {name: dict(data[name]) for name in ("settings", "versions")}
+        known |= {name: tuple(data[name]) for name in ("rows", "vectors", "left_out", "notes")}
+        return cls(**known)
 
     def to_html(self, path: str | Path) -> Path:
         """Write a page that holds everything and loads nothing: figures, table, export.

@@ -92,8 +92,8 @@ function drawAligned() {
     { name: "input side", colour: shade[1], points: points("right"), hollow: true },
   ];
   const all = series.flatMap((one) => one.points.map((p) => p.y));
-  const y = { log: true, low: Math.min(0.5, ...all), high: Math.max(2, ...all), name: (value) => `${figures(value)} ×`, label: "overlap, times chance" };
-  chart("figure-overlap", { x: depthAxis(), y, series, rules: [{ y: 1, text: "by chance" }], height: 330 });
+  const y = { log: true, low: Math.min(0.5, ...all), high: Math.max(2, ...all), name: (value) => (value === 1 ? "chance" : `${figures(value)} ×`), label: "overlap, times chance" };
+  chart("figure-overlap", { x: depthAxis(), y, series, rules: [{ y: 1, text: "" }], height: 330 });
   if (!measured("intruders_left")) return message("figure-intruders", why);
   const both = (row) => (known(row.intruders_left) ? row.intruders_left + row.intruders_right : null);
   return heat("figure-intruders", both, "count", "intruders, both sides");

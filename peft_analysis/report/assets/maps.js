@@ -47,7 +47,7 @@ function heat(id, value, form, name) {
   };
   const width = widthOf(node), letters = narrow() ? 17 : 26;
   const left = 10 + 6.4 * Math.min(letters, Math.max(...kinds.map((kind) => kind.length)));
-  const size = Math.min(46, (width - left) / places.length), tall = Math.max(17, Math.min(30, size, 420 / kinds.length));
+  const size = Math.min(84, (width - left) / places.length), tall = Math.max(17, Math.min(30, size, 420 / kinds.length));
   const height = kinds.length * tall + 40;
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height });
   kinds.forEach((kind, i) => {
