@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from manifolds import LowRank
-from peft_analysis.errors import UpdateError
 from peft_analysis.updates.adapters.foundation import Foundation
 from peft_analysis.updates.entry import Entry, Layout
 
@@ -28,7 +27,7 @@ class Change:
         kind: as in `Entry`.
         layout: as in `Entry`.
         needs_base: whether `delta` reads a weight.
-        rounded: the dtype of whole values that were stored in place of the base's; None for an adapter's own.
+        rounded: the dtype of values that were stored whole, in place of the base's; None for an adapter's own.
         details: as in `Entry`.
         magnitude: as in `Entry`.
         moves_start: whether this replaces what the adapters stand on (a bias that was trained in place),
@@ -49,60 +48,52 @@ class Change:
 
 def entry(changes: Sequence[Change], foundation: Foundation) -> Entry:
     """The steps of one parameter as one difference: low rank if all of them are."""
-    changes = sorted(changes, key=lambda change: not change.moves_start)
-    last = changes[-1]
+    steps = tuple(sorted(changes, key=lambda change: not change.moves_start))
+    last = steps[-1]
     base = foundation.weights
     known = base is not None and last.name in base
-    needs_base = any(change.needs_base for change in changes)
-    rounded = next((change.rounded for change in reversed(changes) if change.rounded is not None), None)
-    details = {key: value for change in changes for key, value in change.details.items()}
-    if len(changes) > 1:
-        details["steps"] = [change.kind for change in changes]
-    if needs_base and not known:
+    needs_base = any(step.needs_base for step in steps)
+    details = {key: value for step in steps for key, value in step.details.items()}
+    if len(steps) > 1:
+        details["steps"] = [step.kind for step in steps]
+    if needs_base and base is None:
         details["needs_base"] = True
     return Entry(
         shape=last.shape,
-        read=partial(_difference, tuple(changes), foundation),
+        read=partial(_difference, steps, foundation),
         kind=last.kind,
         layout=last.layout,
-        rounded=rounded,
-        base_rounded=base.dtype(last.name) if known and needs_base and base is not None else None,
+        rounded=next((step.rounded for step in reversed(steps) if step.rounded is not None), None),
+        base_rounded=base.dtype(last.name) if base is not None and known and needs_base else None,
         details=details,
-        magnitude=next((change.magnitude for change in reversed(changes) if change.magnitude), None),
+        magnitude=next((step.magnitude for step in reversed(steps) if step.magnitude is not None), None),
     )
 
 
-def _difference(changes: Sequence[Change], foundation: Foundation) -> LowRank | Tensor:
-    total: LowRank | Tensor | None = None
-    start_change: LowRank | Tensor | None = None
-
-    def weight(change: LowRank | Tensor | None, name: str) -> Tensor:
-        return _added(foundation.read(name), change)
-
-    for change in changes:
-        if start_change is None and not change.moves_start:
-            start_change = total
-        step = change.delta(
-            partial(weight, total, change.name),
-            partial(weight, start_change, change.name),
-        )
-        total = step if total is None else _sum(total, step)
-    if total is None:
-        raise UpdateError("an entry has no changes; this is a mistake in the reader")
+def _difference(steps: Sequence[Change], foundation: Foundation) -> LowRank | Tensor:
+    """The sum of the steps, each taken from where those before it lead."""
+    first, *others = steps
+    read = partial(foundation.read, first.name)
+    total = first.delta(read, read)
+    begun = total if first.moves_start else None
+    for step in others:
+        total = _sum(total, step.delta(_weight(read, total), _weight(read, begun)))
+        if step.moves_start:
+            begun = total
     return total
 
 
-def _added(weight: Tensor, change: LowRank | Tensor | None) -> Tensor:
-    if change is None:
-        return weight
+def _weight(read: Read, change: LowRank | Tensor | None) -> Read:
+    return read if change is None else lambda: _added(read(), change)
+
+
+def _added(weight: Tensor, change: LowRank | Tensor) -> Tensor:
     dense = change.dense().reshape(weight.shape) if isinstance(change, LowRank) else change
-    return weight + dense
+    return weight + dense.to(weight.device)
 
 
 def _sum(first: LowRank | Tensor, second: LowRank | Tensor) -> LowRank | Tensor:
     if isinstance(first, LowRank) and isinstance(second, LowRank):
-        wide = torch.promote_types(first.dtype, second.dtype)
-        return first.to(wide) + second.to(wide)
-    if isinstance(first, LowRank):
-        return _added(second, first)
-    return _added(first, second)
+        wider = torch.promote_types(first.dtype, second.dtype)
+        return first.to(wider) + second.to(wider)
+    return _added(second, first) if isinstance(first, LowRank) else _added(first, second)

@@ -39,7 +39,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of an adapter folder by name, without the prefix that peft puts before each.
+    """The tensors of an adapter folder by their names in the file.
 
     Raises:
         UpdateError: if the file is missing, cut short or unsafe, or has values that are not finite.
@@ -51,7 +51,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     if not found:
         raise UpdateError(f"{path} holds no tensors; was it saved before anything was trained?")
     check_finite(found, str(path))
-    return {name.removeprefix(PREFIX): value for name, value in found.items()}
+    return dict(found)
 
 
 def check_finite(tensors: Mapping[str, Stored], source: str) -> None:

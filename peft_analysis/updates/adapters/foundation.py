@@ -1,6 +1,4 @@
-"""The weights that an adapter stands on: where they are, what else they are called."""
-
-from collections.abc import Mapping
+"""The weights that an adapter stands on."""
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +15,34 @@ class Foundation:
     Attributes:
         weights: the base's parameters; None for an adapter alone.
         source: the base in words.
+        module: the base's modules, where it is a live one.
     """
 
     def __init__(
         self,
         weights: Weights | None,
         *,
-        aliases: Mapping[str, str] | None = None,
+        module: nn.Module | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.weights = weights
         self.source = weights.source if weights is not None else "no base"
-        self._aliases = dict(aliases or {})
+        self.module = module
         self._device = device
 
     @classmethod
     def of(cls, base: "nn.Module | Weights | None") -> "Foundation":
         """From what `read_adapter` was given."""
         if isinstance(base, nn.Module):
-            weights = Weights.of_module(base)
-            return cls(weights, aliases=_tied(base), device=_device(base))
-        return cls(base, aliases=getattr(base, "aliases", None))
+            return cls(Weights.of_module(base), module=base, device=device_of(base))
+        return cls(base)
 
     def __contains__(self, name: str) -> bool:
         return self.weights is not None and name in self.weights
 
     def name(self, name: str) -> str:
         """The name under which the base lists a parameter: that of its first owner where it is tied."""
-        return name if name in self else self._aliases.get(name, name)
+        return self.weights.name_of(name) if self.weights is not None else name
 
     def read(self, name: str) -> Tensor:
         """A parameter in float32, or float64 if it is stored so.
@@ -52,30 +50,27 @@ class Foundation:
         Raises:
             UpdateError: without a base, or if the base has no such parameter.
         """
+        return wide(self.stored(name))
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter as it is stored; raises as `read` does."""
         if self.weights is None:
             raise UpdateError(f"{name}: the base's weights are needed; give them: read_update(base, tuned)")
         if name not in self.weights:
             raise UpdateError(f"{name} is not in {self.source}; is this the base of the adapter?")
-        value = self.weights[name]
-        return value if value.dtype in WIDE else value.float()
+        return self.weights[name]
 
     def placed(self, value: Tensor) -> Tensor:
         """An adapter's tensor where the base is, in float32 or float64."""
-        value = value.to(self._device) if self._device is not None else value
-        return value if value.dtype in WIDE else value.float()
+        return wide(value.to(self._device) if self._device is not None else value)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = first.setdefault(id(parameter), name)
-        if owner != name:
-            aliases[name] = owner
-    return aliases
+def wide(value: Tensor) -> Tensor:
+    """In float32, unless it is float64."""
+    return value if value.dtype in WIDE else value.float()
 
 
-def _device(model: nn.Module) -> torch.device | None:
+def device_of(model: nn.Module) -> torch.device | None:
     """The device of all parameters; None where they are on several."""
     devices = {parameter.device for parameter in model.parameters()}
     return devices.pop() if len(devices) == 1 else None

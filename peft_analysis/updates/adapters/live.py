@@ -1,7 +1,7 @@
 """A live model with adapters in it: its own base, and what each adapter holds."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_analysis.errors import UpdateError
-from peft_analysis.updates.adapters.foundation import Foundation
+from peft_analysis.updates.adapters.change import Change, Read
+from peft_analysis.updates.adapters.folder import listed
+from peft_analysis.updates.adapters.foundation import Foundation, device_of, wide
 from peft_analysis.updates.adapters.part import Part
+from peft_analysis.updates.adapters.whole import TOKENS
+from peft_analysis.updates.entry import Layout
 from peft_analysis.updates.files import Stored
 from peft_analysis.updates.weights import Weights
 
@@ -25,30 +29,37 @@ def is_live(model: nn.Module) -> bool:
 
 def core(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel, adapters included."""
-    inner = getattr(model, "base_model", None)
-    if inner is not None and hasattr(model, "peft_config"):
-        return getattr(inner, "model", inner)
-    return model
+    if not hasattr(model, "peft_config") or not isinstance(getattr(model, "base_model", None), nn.Module):
+        return model
+    inner = model.base_model
+    return inner.model if hasattr(inner, "peft_config") and hasattr(inner, "model") else model
 
 
-def places(module: nn.Module, live: str = "", base: str = "") -> Iterator[tuple[str, str, nn.Module]]:
-    """Every module of the base inside a live model: its path there, its path in the base, itself.
+def places(module: nn.Module, base: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base inside a live model by its path in the base, and the adapters' layers.
 
-    An adapter's layer stands for the layer that it wraps; what belongs to the adapter is left out.
+    A layer stands for what it wraps and comes before it; what belongs to the adapter is left out.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    yield live, base, module
+    yield base, module
     if isinstance(module, BaseTunerLayer):
-        yield from places(module.base_layer, _join(live, "base_layer"), base)
+        yield from places(_wrapped(module), base)
     elif isinstance(module, ModulesToSaveWrapper):
-        yield from places(module.original_module, _join(live, "original_module"), base)
+        yield from places(module.original_module, base)
     elif isinstance(module, TrainableTokensWrapper):
-        yield from places(module.token_adapter, _join(live, "token_adapter"), base)
+        yield from places(module.token_adapter, base)
     else:
         for name, child in module.named_children():
-            yield from places(child, _join(live, name), _join(base, name))
+            yield from places(child, f"{base}.{name}" if base else name)
+
+
+def _wrapped(layer: Any) -> nn.Module:
+    """What a layer wraps; LN tuning has swapped it with its own where it is merged."""
+    if layer.merged and hasattr(layer, "ln_tuning_layers"):
+        return layer.ln_tuning_layers[layer.merged_adapters[0]]
+    return layer.base_layer
 
 
 def own_base(model: nn.Module) -> Foundation:
@@ -58,42 +69,60 @@ def own_base(model: nn.Module) -> Foundation:
         UpdateError: for a layer whose weights are quantised.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     root = core(model)
     list(root.named_modules())  # nn.MultiheadAttention gets its parameters back when it is asked for modules
-    readers, shapes, dtypes, layouts = {}, {}, {}, {}
+    readers: dict[str, Read] = {}
+    values: dict[str, Tensor] = {}
+    layouts: dict[str, Layout] = {}
+    tied: dict[str, str] = {}
     first: dict[int, str] = {}
-    aliases = {}
     merged: dict[str, Any] = {}
-    for _, path, module in places(root):
+    quantised = []
+    for path, module in places(root):
         if isinstance(module, BaseTunerLayer):
-            if module.merged:
+            if module.merged and not hasattr(module, "ln_tuning_layers"):
                 merged[path] = module
             continue
-        for name, value in module.named_parameters(recurse=False):
-            full = _join(path, name)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        for name, value in (*module.named_parameters(recurse=False), *_buffers(module)):
+            full = f"{path}.{name}" if path else name
             owner = first.setdefault(id(value), full)
             if owner != full:
-                aliases[full] = owner
+                tied[full] = owner
                 continue
+            if not value.is_floating_point():
+                quantised.append(full)
+                continue
+            values[full] = value
             readers[full] = partial(_unmerged, merged[path], name) if path in merged else value.detach
-            shapes[full], dtypes[full] = value.shape, value.dtype
             if type(module).__name__ == "Conv1D":
                 layouts[full] = "in_out"
             elif isinstance(module, nn.Embedding):
                 layouts[full] = "other"
+    if quantised:
+        raise UpdateError(
+            f"{type(root).__name__} is quantised: the numbers of {listed(quantised)} are codes; give the base as it "
+            "was before"
+        )
     weights = Weights(
-        readers, shapes=shapes, dtypes=dtypes, layouts=layouts, source=f"the base of {type(root).__name__}"
+        readers,
+        shapes={name: value.shape for name, value in values.items()},
+        dtypes={name: value.dtype for name, value in values.items()},
+        layouts=layouts,
+        tied=tied,
+        source=f"the base inside {type(root).__name__}",
     )
-    devices = {parameter.device for parameter in root.parameters()}
-    return Foundation(weights, aliases=aliases, device=devices.pop() if len(devices) == 1 else None)
+    return Foundation(weights, device=device_of(root))
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapters' layers, each with the path of what it wraps in the base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for _, path, module in places(core(model)):
+    for path, module in places(core(model)):
         if isinstance(module, BaseTunerLayer):
             yield path, module
 
@@ -102,32 +131,134 @@ def output_projections(model: nn.Module) -> set[str]:
     """The paths of the output projections inside `nn.MultiheadAttention`."""
     return {
         f"{path}.out_proj"
-        for _, path, module in places(core(model))
+        for path, module in places(core(model))
         if isinstance(module, nn.MultiheadAttention)
     }
 
 
-def active(layer: Any) -> list[str]:
-    """The adapters that are in effect: those merged, or else those that are switched on."""
-    return list(layer.merged_adapters) if layer.merged else list(layer.active_adapters)
+def in_effect(layer: Any, chosen: Collection[str] | None) -> list[str]:
+    """The adapters of a layer that count: those chosen, or those merged, or else those switched on."""
+    if chosen is not None:
+        return list(chosen)
+    return list(dict.fromkeys(layer.merged_adapters if layer.merged else layer.active_adapters))
 
 
-def part_of(layer: Any, path: str, adapter: str, settings: dict[str, Any], times: int = 1) -> Part | None:
+def saved(model: nn.Module, chosen: Collection[str] | None) -> Iterator[tuple[str, Stored]]:
+    """The values of modules to save and of LN tuning, by their names in the base."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for path, module in places(core(model)):
+        if isinstance(module, ModulesToSaveWrapper):
+            adapters, copies = in_effect_of(module, chosen), module.modules_to_save
+        elif hasattr(module, "ln_tuning_layers"):
+            adapters, copies = in_effect(module, chosen), module.ln_tuning_layers
+        else:
+            continue
+        for adapter in adapters:
+            if adapter not in copies:
+                continue
+            trained = (
+                module.base_layer if adapter in getattr(module, "merged_adapters", ()) else copies[adapter]
+            )
+            for name, value in (*trained.named_parameters(), *_buffers(trained, recurse=True)):
+                yield f"{path}.{name}", Stored(value.shape, value.dtype, value.detach)
+
+
+def in_effect_of(wrapper: Any, chosen: Collection[str] | None) -> list[str]:
+    """The adapter of a module to save that counts; only one can."""
+    return list(chosen) if chosen is not None else list(wrapper.active_adapters)
+
+
+def part_of(layer: Any, path: str, adapter: str, settings: Mapping[str, Any], times: int = 1) -> Part | None:
     """What an adapter holds in one layer; None if it is not in that layer."""
+    if adapter in getattr(layer, TOKENS, {}):
+        if layer.tied_adapter:
+            return None
+        stored = {TOKENS: Stored.of(layer.trainable_tokens_delta[adapter])}
+        return Part(path, stored, {"token_indices": layer.token_indices[adapter]}, layer=layer)
     tensors = {}
     for name, value in layer.state_dict(keep_vars=True).items():
         words = name.split(".")
         if words[0] != "base_layer" and adapter in words[1:]:
             at = words.index(adapter, 1)
-            tensors[".".join(words[:at] + words[at + 1 :])] = Stored(value.shape, value.dtype, value.detach)
+            role = ".".join(words[:at] + words[at + 1 :])
+            tensors[role] = Stored(value.shape, value.dtype, value.detach)
     if not tensors:
         return None
     parameter = getattr(layer, "parameter_name", None)
     if parameter is None:
         attention = isinstance(layer.get_base_layer(), nn.MultiheadAttention)
         parameter = "in_proj_weight" if attention else "weight"
-    scaling = getattr(layer, "scaling", {}).get(adapter)
-    return Part(path, tensors, settings, scaling=scaling, parameter=parameter, times=times)
+    return Part(
+        path,
+        tensors,
+        settings,
+        scaling=getattr(layer, "scaling", {}).get(adapter),
+        parameter=parameter,
+        times=times,
+        layer=layer,
+    )
+
+
+def moved(own: Foundation, given: Foundation, merged: Collection[str]) -> Iterator[Change]:
+    """Where the base inside a live model is no longer the one that was given.
+
+    Biases are trained in place; PiSSA and its like take their start off the base.
+
+    Args:
+        own: the base inside the model.
+        given: the base as it was before.
+        merged: parameters into which an adapter is merged, whose values are known but to rounding.
+
+    Raises:
+        UpdateError: for names that the given base lacks or has in another shape.
+    """
+    inside, before = own.weights, given.weights
+    if inside is None or before is None:
+        return
+    lost = [name for name in inside if name not in before]
+    other = [name for name in inside if name in before and inside.shape(name) != before.shape(name)]
+    if lost or other:
+        raise UpdateError(
+            f"{given.source} is not the base of this model: "
+            + "; ".join(
+                f"{what}: {listed(names)}"
+                for what, names in (("it lacks", lost), ("of another shape", other))
+                if names
+            )
+        )
+    for name in inside:
+        if name not in merged and not _same(inside[name], before[name]):
+            yield Change(
+                name=before.name_of(name),
+                shape=before.shape(name),
+                delta=partial(_from, own, name),
+                kind="base",
+                layout=before.layout(name),
+                needs_base=True,
+                rounded=inside.dtype(name),
+                moves_start=True,
+            )
+
+
+def _from(own: Foundation, name: str, current: Read, start: Read) -> Tensor:
+    base = current()
+    return wide(own.stored(name)).to(base) - base
+
+
+def _same(inside: Tensor, before: Tensor) -> bool:
+    return bool(torch.equal(inside, before.to(device=inside.device, dtype=inside.dtype)))
+
+
+def _buffers(module: nn.Module, recurse: bool = False) -> list[tuple[str, Tensor]]:
+    """Floating-point buffers that are saved with a model."""
+    kept = module.state_dict(keep_vars=True) if recurse else None
+    return [
+        (name, value)
+        for name, value in module.named_buffers(recurse=recurse)
+        if value.is_floating_point()
+        and (name in kept if kept is not None else name not in module._non_persistent_buffers_set)
+    ]
 
 
 def _unmerged(layer: Any, name: str) -> Tensor:
@@ -138,7 +269,3 @@ def _unmerged(layer: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise UpdateError(f"a merged layer of type {type(layer).__name__} has no tensor {name}")
     return value.detach()
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
