@@ -1,7 +1,7 @@
 """An update added to a live model in place: the whole of it, or nothing."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,8 @@ def _targets(update: "WeightUpdate", model: nn.Module) -> list[_Target]:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     owned.update({name: value for name, value in buffers.items() if name not in owned})
     to_model = prefix_between(list(update), list(owned))
+    first = {id(value): name for name, value in model.named_parameters()}
+    tied = {name: first[id(value)] for name, value in owned.items() if first.get(id(value), name) != name}
     found: dict[int, _Target] = {}
     absent, wrong = [], []
     for name, entry in update.entries.items():
@@ -89,6 +91,10 @@ def _targets(update: "WeightUpdate", model: nn.Module) -> list[_Target]:
             absent.append(name)
         elif reason := _unfit(value, entry.shape):
             wrong.append(f"{place} {reason}")
+        elif place in tied and _apart(update, name, tied[place], to_model):
+            wrong.append(
+                f"{place} is tied to {tied[place]} here, and the update changes it alone: untie them first"
+            )
         elif id(value) in found:
             found[id(value)].entries.append(name)
         else:
@@ -101,6 +107,15 @@ def _targets(update: "WeightUpdate", model: nn.Module) -> list[_Target]:
             "the update was read for, or a part of the update: update.only(...)"
         )
     return list(found.values())
+
+
+def _apart(update: "WeightUpdate", name: str, first: str, to_model: Callable[[str], str]) -> bool:
+    """Whether the update's base has both of two tied names, and only the second of them changes."""
+    if update.base is None or name not in update.base:
+        return False
+    return not any(to_model(other) == first for other in update) and any(
+        to_model(other) == first for other in update.base
+    )
 
 
 def _unfit(value: Tensor, shape: torch.Size) -> str | None:

@@ -22,10 +22,14 @@ SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)$")
 PIPELINE = "model_index.json"
 
 
-def weights_at(path: Path) -> Weights:
+def weights_at(path: Path, model: nn.Module | None = None) -> Weights:
     """The weights of a folder or a file, named as the model's class names them where a config tells it.
 
     A pipeline's folder gives the weights of all its parts, with the part's name in front ('unet.').
+
+    Args:
+        path: the folder or the file.
+        model: stands in for a config where there is none beside the weights.
 
     Raises:
         UpdateError: there is nothing, no weights, an adapter, a missing shard, a file that is cut off.
@@ -35,7 +39,8 @@ def weights_at(path: Path) -> Weights:
     if (path / PIPELINE).is_file():
         return _pipeline(path)
     stored = open_file(path) if path.is_file() else open_folder(path)
-    return weights_of(replace(stored, path=path), meta_model(path if path.is_dir() else path.parent))
+    described = meta_model(path if path.is_dir() else path.parent)
+    return weights_of(replace(stored, path=path), described if described is not None else model)
 
 
 def weights_of(stored: TensorFile, model: nn.Module | None = None) -> Weights:
@@ -65,6 +70,7 @@ def weights_of(stored: TensorFile, model: nn.Module | None = None) -> Weights:
         embeddings=parts.embeddings & kept.keys(),
         skipped={**parts.skipped, **skipped},
         ignored=parts.ignored,
+        model=model,
     )
 
 

@@ -57,7 +57,8 @@ def prefix_between(names: Sequence[str], others: Sequence[str]) -> Callable[[str
     The names are left as they are, unless a prefix taken off or put on makes more of them meet.
     """
     known = set(others)
-    best, most = _same, sum(name in known for name in names)
+    best: Callable[[str], str] = _same
+    most = sum(name in known for name in names)
     if most == len(names):
         return best
     ours = set(names)

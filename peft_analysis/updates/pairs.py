@@ -18,6 +18,15 @@ from peft_analysis.updates.weights import Weights
 ROWS = re.compile(r"(^|[._])(wte|wpe|embed\w*|embeddings?|lm_head|embed_out|output|decoder)\.(weight|bias)$")
 
 
+def weights_of_pair(base: Any, tuned: Any) -> tuple[Weights, Weights]:
+    """Both checkpoints; one without a config is named and laid out as the other's model."""
+    ours = Weights.of(base)
+    theirs = Weights.of(tuned, like=ours)
+    if ours.model is None and theirs.model is not None:
+        ours = Weights.of(base, like=theirs)
+    return ours, theirs
+
+
 def read_pair(base: Weights, tuned: Weights, *, chosen: Chosen | None = None) -> WeightUpdate:
     """The differences tuned − base of two checkpoints of one architecture.
 
@@ -29,7 +38,7 @@ def read_pair(base: Weights, tuned: Weights, *, chosen: Chosen | None = None) ->
     Raises:
         UpdateError: names that only one has, other shapes, quantised weights; all of them are listed.
     """
-    names, skipped = _matched(base, tuned, chosen or Chosen())
+    names, skipped = matched(base, tuned, chosen or Chosen())
     entries, wrong = {}, []
     for name, theirs in names.items():
         shapes, dtypes = (base.shape(name), tuned.shape(theirs)), (base.dtype(name), tuned.dtype(theirs))
@@ -63,7 +72,7 @@ def read_pair(base: Weights, tuned: Weights, *, chosen: Chosen | None = None) ->
     return WeightUpdate(entries, base=base, source=f"{tuned.source} − {base.source}", skipped=skipped)
 
 
-def _matched(base: Weights, tuned: Weights, chosen: Chosen) -> tuple[dict[str, str], dict[str, str]]:
+def matched(base: Weights, tuned: Weights, chosen: Chosen) -> tuple[dict[str, str], dict[str, str]]:
     """The tuned checkpoint's name of each parameter, by the base's name; and what is no parameter."""
     to_base = prefix_between([*tuned, *tuned.tied], [*base, *base.tied])
     theirs = {to_base(name): name for name in tuned}

@@ -1,6 +1,7 @@
 """One call that reads any update."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from peft_analysis.errors import UpdateError
-from peft_analysis.updates.files import SAFE, TORCH, open_file
+from peft_analysis.updates import kohya
+from peft_analysis.updates.files import SAFE, TORCH, TensorFile, open_file
 from peft_analysis.updates.names import Chosen, Selection
-from peft_analysis.updates.pairs import read_pair
+from peft_analysis.updates.pairs import read_pair, weights_of_pair
 from peft_analysis.updates.saved import from_file, is_saved_update
 from peft_analysis.updates.weight_update import WeightUpdate
 from peft_analysis.updates.weights import Weights
@@ -19,7 +21,8 @@ from peft_analysis.updates.weights import Weights
 def read_update(base: Any, tuned: Any, *, only: Selection = None, without: Selection = None) -> WeightUpdate:
     """Reads what was changed: parameter names, and a `LowRank` or a dense difference for each.
 
-    Nothing but names, shapes and dtypes is read now; values are read one by one when they are asked for.
+    Nothing but names, shapes and dtypes is read of full weights now; values are read one by one when they
+    are asked for.
 
     Args:
         base: the model that the update starts from: a module, its folder, a file, `Weights`, or None for an
@@ -32,64 +35,98 @@ def read_update(base: Any, tuned: Any, *, only: Selection = None, without: Selec
 
     Raises:
         UpdateError: what is given cannot be read, or does not match the base by name or shape.
+
+    Example:
+        >>> import torch
+        >>> base, tuned = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        >>> update = read_update(base, tuned)
+        >>> torch.equal(update["weight"], tuned.weight - base.weight)
+        True
+        >>> list(read_update(base, tuned, only="bias"))
+        ['bias']
     """
     chosen = Chosen(only, without)
-    if isinstance(tuned, WeightUpdate):
-        update = _upon(tuned, base)
-    elif isinstance(tuned, Sequence) and not isinstance(tuned, str):
+    if isinstance(tuned, Sequence) and not isinstance(tuned, str):
         from peft_analysis.updates.sequence import read_sequence
 
-        return read_sequence(base, tuned, only=only, without=without)
-    elif _is_adapter(tuned):
-        from peft_analysis.updates.adapters import read_adapter
-
-        update = read_adapter(
-            base if base is None or isinstance(base, nn.Module) else Weights.of(base), tuned
-        )
-    else:
-        return _from_weights(base, tuned, chosen)
+        return read_sequence(base, tuned, chosen=chosen)
+    if is_full(tuned):
+        if base is None:
+            raise UpdateError(
+                f"{_named(tuned)} holds full weights; what was changed in them is known only beside the "
+                "base: read_update(base, tuned)"
+            )
+        ours, theirs = weights_of_pair(base, tuned)
+        chosen.check(ours)
+        return read_pair(ours, theirs, chosen=chosen)
+    update = _read_whole(base, tuned)
     return update.only(only, without=without) if chosen else update
 
 
-def _from_weights(base: Any, tuned: Any, chosen: Chosen) -> WeightUpdate:
-    if isinstance(tuned, str | os.PathLike):
-        path = Path(tuned).expanduser()
-        if path.is_file() and path.suffix in (SAFE, *TORCH):
-            file = open_file(path)
-            if is_saved_update(file):
-                found = from_file(file, base=None if base is None else Weights.of(base))
-                return found.only(chosen.only, without=chosen.without) if chosen else found
-    if base is None:
-        raise UpdateError(
-            f"{_named(tuned)} holds full weights; what was changed in them is known only beside the base: "
-            "read_update(base, tuned)"
-        )
-    ours, theirs = Weights.of(base), Weights.of(tuned)
-    chosen.check(ours)
-    return read_pair(ours, theirs, chosen=chosen)
+def is_full(tuned: Any) -> bool:
+    """Whether something holds a model's full weights, and not an update.
+
+    Raises:
+        UpdateError: a file that cannot be read.
+    """
+    if isinstance(tuned, WeightUpdate) or _is_adapter(tuned):
+        return False
+    file = _file(tuned)
+    return file is None or not (is_saved_update(file) or kohya.is_adapter_file(file))
 
 
-def _upon(update: WeightUpdate, base: Any) -> WeightUpdate:
+def _read_whole(base: Any, tuned: Any) -> WeightUpdate:
+    """What says itself what it changes."""
+    known = base if base is None or isinstance(base, nn.Module) else Weights.of(base)
+    if isinstance(tuned, WeightUpdate):
+        return _upon(tuned, known)
+    if _is_adapter(tuned):
+        from peft_analysis.updates.adapters import read_adapter
+
+        return read_adapter(known, tuned)
+    file = _file(tuned)
+    if file is None:
+        raise UpdateError(f"no update can be read from {_named(tuned)}")
+    return _upon(from_file(file), known) if is_saved_update(file) else kohya.read_adapter_file(known, file)
+
+
+def _upon(update: WeightUpdate, base: nn.Module | Weights | None) -> WeightUpdate:
+    """The same update with a base, whose parameters it must fit."""
     if base is None:
         return update
+    weights = Weights.of(base)
+    wrong = [
+        f"{name} {tuple(entry.shape)}"
+        for name, entry in update.entries.items()
+        if name not in weights or weights.shape(name) != entry.shape
+    ]
+    if wrong:
+        raise UpdateError(
+            f"{update.source} does not fit {weights.source}: it has no {', '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}. Give the base that it was read with"
+        )
     return WeightUpdate(
-        update.entries,
-        base=Weights.of(base),
-        source=update.source,
-        stages=update.stages,
-        skipped=update.skipped,
+        update.entries, base=weights, source=update.source, stages=update.stages, skipped=update.skipped
     )
 
 
-def _is_adapter(tuned: Any) -> bool:
-    if isinstance(tuned, nn.Module):
-        return hasattr(tuned, "peft_config")
+def _file(tuned: Any) -> TensorFile | None:
     if isinstance(tuned, str | os.PathLike):
-        return (Path(tuned).expanduser() / "adapter_config.json").is_file()
-    return False
+        path = Path(tuned).expanduser()
+        if path.is_file() and path.suffix in (SAFE, *TORCH):
+            return open_file(path)
+    return None
+
+
+def _is_adapter(tuned: Any) -> bool:
+    from peft_analysis.updates.adapters import is_adapter, is_live
+
+    if isinstance(tuned, nn.Module):  # a module with adapters in it was made by peft, which is slow to import
+        return hasattr(tuned, "peft_config") or ("peft" in sys.modules and is_live(tuned))
+    return isinstance(tuned, str | os.PathLike) and is_adapter(Path(tuned).expanduser())
 
 
 def _named(tuned: Any) -> str:
     if isinstance(tuned, str | os.PathLike):
         return os.fspath(tuned)
-    return "a mapping of tensors" if isinstance(tuned, Mapping) else type(tuned).__name__
+    return "a mapping of tensors" if isinstance(tuned, Mapping) else f"a {type(tuned).__name__}"

@@ -148,7 +148,7 @@ def _write_tensor(file: BinaryIO, value: Tensor) -> int:
     content = value.to("cpu").contiguous()
     if sys.byteorder == "big":
         raise UpdateError("updates are not written on a big-endian machine")
-    file.write(memoryview(content.reshape(-1).view(torch.uint8).numpy()))
+    file.write(content.reshape(-1).view(torch.uint8).numpy().data)
     return content.numel() * content.element_size()
 
 

@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def as_model_names(tensors: Mapping[str, Stored], model: nn.Module) -> Mapping[s
             "this transformers has no rules for names of checkpoints (%s); they stay as they are", moved
         )
         return tensors
-    rules = get_model_conversion_mapping(model)
+    rules = get_model_conversion_mapping(cast(Any, model))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", None)

@@ -77,6 +77,7 @@ class WeightUpdate(Mapping[str, LowRank | Tensor]):
             known = {
                 "layout": layout or ("out_in" if value.ndim >= 2 else "other"),
                 "kind": "low rank" if isinstance(value, LowRank) else "difference",
+                "details": {"rank": value.rank} if isinstance(value, LowRank) else {},
                 **facts,
             }
             entries[name] = Entry(torch.Size(shape), partial(_itself, value), **known)

@@ -5,13 +5,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates.entry import Layout
+
+if TYPE_CHECKING:
+    from peft_analysis.updates.weight_update import WeightUpdate
 
 
 class Weights(Mapping[str, Tensor]):
@@ -27,6 +30,7 @@ class Weights(Mapping[str, Tensor]):
         embeddings: names of parameters with a row for each token or position, where a model told.
         skipped: names that were found or may be, and are no weights, each with the reason.
         ignored: regular expressions of names that the model does not read from a checkpoint.
+        model: the module whose names these are, live or on the meta device; None where no config tells it.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Weights(Mapping[str, Tensor]):
         embeddings: frozenset[str] = frozenset(),
         skipped: Mapping[str, str] | None = None,
         ignored: Sequence[str] = (),
+        model: nn.Module | None = None,
     ) -> None:
         self._readers = dict(readers)
         self._shapes = dict(shapes)
@@ -51,10 +56,20 @@ class Weights(Mapping[str, Tensor]):
         self.embeddings = embeddings
         self.skipped = dict(skipped or {})
         self.ignored = tuple(ignored)
+        self.model = model
 
     @classmethod
-    def of(cls, source: "nn.Module | Weights | str | os.PathLike[str] | Mapping[str, Tensor]") -> "Weights":
+    def of(
+        cls,
+        source: "nn.Module | Weights | str | os.PathLike[str] | Mapping[str, Tensor]",
+        *,
+        like: "Weights | None" = None,
+    ) -> "Weights":
         """The weights of a live module, of a model's folder, of a file, or of tensors in memory.
+
+        Args:
+            source: where they are.
+            like: weights of the same model; files without a config are named and laid out as these.
 
         Raises:
             UpdateError: nothing is there, it holds no weights, it is cut off, or it is not safe to read.
@@ -68,7 +83,7 @@ class Weights(Mapping[str, Tensor]):
         if isinstance(source, str | os.PathLike):
             from peft_analysis.updates.folders import weights_at
 
-            return weights_at(Path(source).expanduser())
+            return weights_at(Path(source).expanduser(), None if like is None else like.model)
         raise UpdateError(
             f"no weights can be read from a {type(source).__name__}; give a module, a folder or a file"
         )
@@ -90,6 +105,7 @@ class Weights(Mapping[str, Tensor]):
             embeddings=parts.embeddings,
             skipped=parts.skipped,
             ignored=parts.ignored,
+            model=model,
         )
 
     @classmethod
@@ -160,6 +176,37 @@ class Weights(Mapping[str, Tensor]):
             ignored=self.ignored,
         )
 
+    def plus(self, update: "WeightUpdate") -> "Weights":
+        """These weights with an update added, each sum taken in float32 or wider when it is read.
+
+        Raises:
+            UpdateError: the update names parameters that are not here.
+        """
+        absent = [name for name in update if name not in self]
+        if absent:
+            raise UpdateError(f"{self.source} has no {', '.join(absent[:5])}, which {update.source} changes")
+        changed = set(update)
+        tied = {other: name for other, name in self.tied.items() if other not in changed}
+        names = [*self, *(name for name in changed if name in self.tied)]
+        widened = {name: torch.promote_types(self.dtype(name), torch.float32) for name in changed}
+        return Weights(
+            {
+                name: partial(_sum, self, update, name)
+                if name in changed
+                else partial(self.__getitem__, name)
+                for name in names
+            },
+            shapes={name: self.shape(name) for name in names},
+            dtypes={name: widened.get(name, self.dtype(name)) for name in names},
+            layouts={name: self.layout(name) for name in names},
+            source=f"{self.source} + {update.source}",
+            tied=tied,
+            embeddings=self.embeddings,
+            skipped=self.skipped,
+            ignored=self.ignored,
+            model=self.model,
+        )
+
     @classmethod
     def joined(cls, parts: "Mapping[str, Weights]", *, source: str) -> "Weights":
         """Several models as one, each under its own name: 'unet.', 'text_encoder.'."""
@@ -190,6 +237,12 @@ class Weights(Mapping[str, Tensor]):
         if name not in self and any(re.search(pattern, name) for pattern in self.ignored):
             return "the model does not read it from a checkpoint"
         return None
+
+
+def _sum(weights: Weights, update: "WeightUpdate", name: str) -> Tensor:
+    before = weights[name]
+    wide = torch.promote_types(before.dtype, torch.float32)
+    return before.to(wide) + update.dense(name).to(before.device, wide)
 
 
 def _live(name: str, value: Tensor) -> Tensor:
