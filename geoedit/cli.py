@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from geoedit.errors import EditError
+from geoedit.terminal import AsJson, Device, Quiet, writable
+from geoedit.terminal import run as run_command
+from geoedit.update_commands import app as updates
 
 app = typer.Typer(
     name="geoedit",
@@ -31,14 +32,11 @@ DEFAULT_MODEL = "almanac-gpt2"
 ModelArgument = Annotated[
     str, typer.Argument(help="A built-in model, a local folder or a hub id (owner/name).", show_default=True)
 ]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16 or float64. Default: as stored; built-in: float32."),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print JSON on the standard output and nothing else there.")
-]
+app.add_typer(updates)
 
 
 @app.command()
@@ -64,10 +62,10 @@ def diagnose(
     as_json: AsJson = False,
     device: Device = "cpu",
     dtype: Dtype = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Will straight edits move a concept? Predict at every site; with --apply, make the edits and compare."""
-    _run(
+    run_command(
         lambda: _diagnose(
             model, concept, sites, out, apply, scale or [1.0], seed, max_edits, as_json, device, dtype, quiet
         )
@@ -77,7 +75,7 @@ def diagnose(
 @app.command()
 def concepts(as_json: AsJson = False) -> None:
     """List the concepts that there are: the almanac's for built-in models, English ones for any."""
-    _run(lambda: _concepts(as_json))
+    run_command(lambda: _concepts(as_json))
 
 
 @app.command()
@@ -85,22 +83,7 @@ def sites(
     model: ModelArgument = DEFAULT_MODEL, as_json: AsJson = False, device: Device = "cpu", dtype: Dtype = None
 ) -> None:
     """List the sites of a model."""
-    _run(lambda: _sites(model, as_json, device, dtype))
-
-
-def _run(work: Callable[[], None]) -> None:
-    """Do the work; an error that a user can mend ends with 1 and one message, Ctrl-C with 130."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        work()
-    except EditError as error:
-        Console(stderr=True).print(
-            "error: ", error, sep="", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+    run_command(lambda: _sites(model, as_json, device, dtype))
 
 
 def _diagnose(
@@ -120,7 +103,7 @@ def _diagnose(
     from geoedit.diagnosis import diagnose as run
     from geoedit.report import geometry_table, predictor_table, site_table, verdict
 
-    _writable(out)
+    writable(out)
     chosen = None if sites is None else [read_site(part) for part in sites.split(",")]
     wanted = find_concept(concept, model)
     network, tokenizer = _load(model, device, dtype, quiet)
@@ -288,14 +271,6 @@ def _load(model: str, device: str, dtype: str | None, quiet: bool) -> tuple[Any,
 
     transformers_logging.disable_progress_bar()
     return load_model(model, dtype=dtype_of(dtype), device=device)
-
-
-def _writable(folder: Path) -> None:
-    """Fail before the work is done, not after it."""
-    from geoedit.diagnosis.result import write_text
-
-    probe = write_text(folder / ".geoedit-writable", "")
-    probe.unlink()
 
 
 def _whole(text: str) -> bool:

@@ -58,7 +58,7 @@ def load_model(
     if path.exists():
         source = _folder(path)
     else:
-        _check_hub_id(name, TESTBEDS)
+        check_hub_id(name, TESTBEDS)
         source = text
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -123,7 +123,12 @@ def _folder(path: Path) -> str:
     return str(path)
 
 
-def _check_hub_id(name: str | Path, known: tuple[str, ...]) -> None:
+def check_hub_id(name: str | Path, known: tuple[str, ...]) -> None:
+    """Refuse what looks like a path that is not there, or like a misspelt built-in model.
+
+    Raises:
+        EditError: it can't be a hub id.
+    """
     text = str(name)
     looks_local = isinstance(name, Path) or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1
     if looks_local or not text.strip():

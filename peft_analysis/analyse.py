@@ -1,7 +1,7 @@
 """One call, one report: what an update changed, matrix by matrix."""
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ import torch
 
 from peft_analysis.base_svd import SVDCache
 from peft_analysis.errors import UpdateError
-from peft_analysis.report.measure import Settings, measure
+from peft_analysis.report.measure import Settings, measure, verdict_of
 from peft_analysis.report.processes import Processes
 from peft_analysis.report.result import Report
 from peft_analysis.report.resume import Kept
 from peft_analysis.updates import WeightUpdate
+from peft_analysis.updates.names import Selection
 from peft_analysis.updates.read import read_update
+from peft_analysis.verdict import verdict
 
 PACKAGES = ("torch", "peft", "transformers", "safetensors", "numpy")
 
@@ -24,7 +26,8 @@ def analyse(
     base: Any,
     tuned: Any,
     *,
-    names: Iterable[str] | None = None,
+    only: Selection = None,
+    without: Selection = None,
     max_base_side: int | None = 2048,
     top: int = 16,
     epsilon: float = 0.5,
@@ -45,7 +48,8 @@ def analyse(
         base: what was tuned, as `read_update` takes it: a module, a folder, or None for an adapter alone;
             then everything relative to the base is NaN.
         tuned: an adapter, a module, a folder, a file, a `WeightUpdate`, or a sequence; see `read_update`.
-        names: only these parameters; all if None.
+        only: a regular expression that a parameter's name must contain, or the names themselves.
+        without: the same for names that are left out.
         max_base_side: base matrices whose smaller side is above it are not decomposed, because that takes
             minutes: their angles, overlaps and intruders are left out, and the report says so. None for all,
             0 for none.
@@ -73,8 +77,8 @@ def analyse(
         [[0, 'mlp.up_proj', 2.0]]
     """
     settings = Settings(max_base_side=max_base_side, top=top, epsilon=epsilon, k=k, seed=seed)
-    update = read_update(base, tuned)
-    chosen = _chosen(update, names)
+    update = read_update(base, tuned, only=only, without=without)
+    chosen = update.matrices()
     processes = Processes.current()
     kept = None if resume is None else Kept(resume, settings.to_dict())
     where = _device(device)
@@ -100,33 +104,20 @@ def analyse(
 
     parts = processes.gather(processes.together(work))
     rows = {name: row for part in parts for name, row in part.items()}
-    vectors = processes.together(lambda: _vectors(update, names))
+    told = processes.together(lambda: None if processes.rank else _whole(update, rows))
+    overall, vectors = processes.gather(told)[0]
     return Report(
         name=name or (Path(tuned).name if isinstance(tuned, str | Path) else "") or "this update",
         source=update.source,
         base=None if update.base is None else update.base.source,
-        rows=tuple(rows[name] for name in chosen),
+        rows=tuple(_without_values(rows[name]) for name in chosen),
+        verdict=overall,
         vectors=tuple(vectors),
         left_out=_left_out([rows[name] for name in chosen]),
         notes=_notes(update),
         settings=settings.to_dict() | {"processes": processes.world, "device": str(where or "as stored")},
         versions=_versions(),
     )
-
-
-def _chosen(update: WeightUpdate, names: Iterable[str] | None) -> list[str]:
-    matrices = update.matrices()
-    if names is None:
-        return matrices
-    wanted = set(names)
-    unknown = sorted(wanted - set(update))
-    if unknown:
-        raise UpdateError(
-            f"the update has no {', '.join(unknown[:5])}; it has {', '.join(list(update)[:5])}, …"
-            if len(update)
-            else "the update is empty"
-        )
-    return [name for name in matrices if name in wanted]
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -168,13 +159,29 @@ def _bar(update: WeightUpdate, names: list[str], progress: bool | None, processe
     )
 
 
-def _vectors(update: WeightUpdate, names: Iterable[str] | None) -> list[dict[str, Any]]:
+def _whole(
+    update: WeightUpdate, rows: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The verdict on the whole update, and the changed parameters that are no matrices."""
+    if not len(update):
+        return None, []
+    found = verdict(update, known={name: verdict_of(row) for name, row in rows.items()}).to_dict()
+    del found["matrices"]
+    return found, _vectors(update)
+
+
+def _without_values(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what only the verdict on the whole needs."""
+    judged = {key: value for key, value in row["judged"].items() if key != "singular_values"}
+    return {**row, "judged": judged}
+
+
+def _vectors(update: WeightUpdate) -> list[dict[str, Any]]:
     """Norms of the parameters that are no matrices, those that are zero left out."""
-    wanted = None if names is None else set(names)
     matrices = set(update.matrices())
     found = []
     for name in update:
-        if name in matrices or (wanted is not None and name not in wanted):
+        if name in matrices:
             continue
         norm = float(torch.linalg.vector_norm(update.dense(name), dtype=torch.float64))
         if norm != norm or norm == float("inf"):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from peft_analysis.base_svd import BaseSVD, SVDCache
 from peft_analysis.directions import direction_change
 from peft_analysis.errors import UpdateError
 from peft_analysis.intruders import IntruderSide, intruders
+from peft_analysis.matrix_verdict import MatrixVerdict, judge_matrix
 from peft_analysis.rank_path import effective_rank_slope
 from peft_analysis.report.names import place
 from peft_analysis.spectrum import Spectrum, spectrum
 from peft_analysis.subspaces import Side, overlap, principal_angles
-from peft_analysis.updates import Entry, WeightUpdate
+from peft_analysis.updates import WeightUpdate
 
 POINTS = 160  # of a drawn spectrum
 HALF = (torch.float16, torch.bfloat16)
@@ -80,6 +81,7 @@ def measure(
         base = update.base_matrix(name) if known else None
         if device is not None:
             difference, base = difference.to(device), None if base is None else base.to(device)
+        judged = judge_matrix(update, name, generator=torch.Generator().manual_seed(settings.seed))
         row = {
             "parameter": name,
             **asdict(found),
@@ -87,7 +89,8 @@ def measure(
             "columns": int(difference.shape[1]),
             "origin": entry.kind,
             "details": _plain(entry.details),
-            **_measured(difference, base, entry, name, settings, cache),
+            **_judged(judged),
+            **_measured(difference, base, settings, cache),
         }
     except UpdateError as error:
         raise UpdateError(str(error) if name in str(error) else f"{name}: {error}") from error
@@ -97,8 +100,6 @@ def measure(
 def _measured(
     difference: LowRank | Tensor,
     base: Tensor | None,
-    entry: Entry,
-    name: str,
     settings: Settings,
     cache: SVDCache | None,
 ) -> dict[str, Any]:
@@ -152,6 +153,28 @@ def _intruding(row: dict[str, Any], side: str, found: IntruderSide) -> list[dict
         {"index": int(at), "similarity": float(found.similarities[at]), "match": int(found.matches[at])}
         for at in found.indices.tolist()
     ]
+
+
+def _judged(found: MatrixVerdict) -> dict[str, Any]:
+    return {
+        "rank": found.rank,
+        "rank_low": found.rank_low,
+        "rank_high": found.rank_high,
+        "verdict": found.statement,
+        "p_value": _number(found.p_value),
+        "judged": found.to_dict(),
+    }
+
+
+def verdict_of(row: Mapping[str, Any]) -> MatrixVerdict:
+    """The verdict that a row was made from."""
+    facts = {key: value for key, value in row["judged"].items() if key != "p_value"}
+    for field in fields(MatrixVerdict):
+        if facts[field.name] is None:
+            facts[field.name] = math.nan
+        elif isinstance(facts[field.name], list):
+            facts[field.name] = tuple(facts[field.name])
+    return MatrixVerdict(**facts)
 
 
 def _sizes(seen: Spectrum) -> dict[str, Any]:

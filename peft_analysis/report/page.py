@@ -70,7 +70,10 @@ def embed(data: Any) -> str:
 
 
 def _rows(report: "Report") -> list[dict[str, Any]]:
-    rows = list(report.rows)
+    rows = [{key: value for key, value in row.items() if key != "judged"} for row in report.rows]
+    for row, whole in zip(rows, report.rows, strict=True):
+        reason = whole.get("judged", {}).get("reason")
+        row["notes"] = [*row.get("notes", ()), *([f"Verdict: {row['verdict']}; {reason}."] if reason else [])]
     if len(rows) <= MANY:
         return rows
     sizes = sorted((row["norm"] for row in rows), reverse=True)

@@ -15,7 +15,7 @@ def headline(report: "Report") -> str:
         return "No matrix is part of this update."
     if not rows:
         return "Nothing was changed: every difference is zero."
-    return f"{_what(report, rows)}{_how_much(report)}{_of_rank(rows)}."
+    return f"{_what(report, rows)}{_how_much(report)}."
 
 
 def lines(report: "Report") -> list[str]:
@@ -24,12 +24,9 @@ def lines(report: "Report") -> list[str]:
     if not rows:
         return []
     found = [_largest(rows)]
-    found += [str(line) for line in (report.verdict or {}).get("evidence", ())]
+    evidence = [str(line) for line in (report.verdict or {}).get("evidence", ())]
+    found += [f"{line[0].upper()}{line[1:]}." for line in evidence if line]
     found += _alignment(rows)
-    unsure = [row for row in rows if row.get("rank") is not None and not row.get("rank_reliable", True)]
-    if unsure:
-        many = _count(len(unsure), "matrix", "matrices")
-        found.append(f"The true rank of {many} cannot be relied on: {unsure[0]['rank_reason']}.")
     if report.vectors:
         found.append(f"Besides, {_count(len(report.vectors), 'vector')} (biases, norms) changed.")
     return found
@@ -86,29 +83,39 @@ def name_of(row: dict[str, Any]) -> str:
     return row["kind"] if row["block"] is None else f"block {row['block']} {row['kind']}"
 
 
+def rank_of(row: dict[str, Any]) -> str:
+    """The true rank, with its interval where that is wider than one number."""
+    rank, low, high = row.get("rank"), row.get("rank_low"), row.get("rank_high")
+    if rank is None:
+        return "–"
+    return str(rank) if low is None or low == high else f"{rank} ({low}–{high})"
+
+
 def percent(share: float) -> str:
     """A share in per cent, three digits."""
     return f"{100 * share:.3g}\u00a0%"
 
 
 def _what(report: "Report", rows: Sequence[dict[str, Any]]) -> str:
-    told = (report.verdict or {}).get("headline")
-    if told:
-        return str(told)
-    kinds = sorted({row["origin"] for row in rows})
-    return f"{_count(len(rows), 'matrix', 'matrices')} changed ({', '.join(kinds)})"
+    told = report.verdict or {}
+    rank, stages = told.get("rank"), told.get("stages")
+    of_rank = f" of rank {rank}" if rank else ""
+    statement = told.get("statement")
+    words = {
+        "adapter": f"An adapter{of_rank or (f', {statement}' if statement != 'unknown' else '')}",
+        "merged LoRA": f"Most likely a merged LoRA{of_rank}",
+        "ReLoRA": f"Most likely a ReLoRA run{f' of {stages} merges' if stages else ''}"
+        + (f", rank {rank} in all" if rank else ""),
+        "edit": f"Most likely an edit{of_rank}",
+        "full fine-tune": "Most likely a full fine-tune, of full rank",
+        "unknown": "What made it cannot be told",
+    }.get(told.get("origin", ""), "An update")
+    return f"{words}: {_count(len(rows), 'matrix', 'matrices')} changed"
 
 
 def _how_much(report: "Report") -> str:
     total = total_change(report)
-    return "" if total is None else f", by {percent(total)} of their norm"
-
-
-def _of_rank(rows: Sequence[dict[str, Any]]) -> str:
-    ranks = [row["rank"] for row in rows if row.get("rank") is not None]
-    if not ranks:
-        return ""
-    return f", of true rank {_range(ranks)}"
+    return "" if total is None else f" by {percent(total)} of their norm"
 
 
 def _largest(rows: Sequence[dict[str, Any]]) -> str:
