@@ -22,7 +22,8 @@ def principal_angles(
     Formula: with orthonormal bases Q and P of both spaces, cos θᵢ = σᵢ(QᵀP); below 45° from
     sin θᵢ = σᵢ(P − Q QᵀP), which keeps the digits of small angles (Knyazev and Argentati 2002). The spaces
     are those of the numerical rank: singular values above max(m, n) ε σ₁. q is the smaller of both ranks.
-    Same as `scipy.linalg.subspace_angles` on column spaces. A `LowRank` is not multiplied out.
+    Same as `scipy.linalg.subspace_angles` on column spaces (scipy mixes up which angles are small where only
+    some are, and gives √ε for zero there). A `LowRank` is not multiplied out.
 
     Args:
         a: matrix (m, n), dense, a `LowRank`, or a `BaseSVD`.
