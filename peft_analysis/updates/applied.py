@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def _targets(update: "WeightUpdate", model: nn.Module) -> list[_Target]:
     to_model = prefix_between(list(update), list(owned))
     first = {id(value): name for name, value in model.named_parameters()}
     tied = {name: first[id(value)] for name, value in owned.items() if first.get(id(value), name) != name}
-    found: dict[int, _Target] = {}
+    found: dict[tuple[Any, ...], _Target] = {}
     absent, wrong = [], []
     for name, entry in update.entries.items():
         place = to_model(name)
@@ -95,10 +95,10 @@ def _targets(update: "WeightUpdate", model: nn.Module) -> list[_Target]:
             wrong.append(
                 f"{place} is tied to {tied[place]} here, and the update changes it alone: untie them first"
             )
-        elif id(value) in found:
-            found[id(value)].entries.append(name)
+        elif _memory(value) in found:
+            found[_memory(value)].entries.append(name)
         else:
-            found[id(value)] = _Target(place, value, [name])
+            found[_memory(value)] = _Target(place, value, [name])
     if absent or wrong:
         parts = [f"it has no {listed(absent)}"] if absent else []
         parts += [listed(wrong, "; ")] if wrong else []
@@ -107,6 +107,13 @@ def _targets(update: "WeightUpdate", model: nn.Module) -> list[_Target]:
             "the update was read for, or a part of the update: update.only(...)"
         )
     return list(found.values())
+
+
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor have in common, be they one parameter or two that share their memory."""
+    if value.is_meta or not value.numel():
+        return (id(value),)
+    return (value.device, value.data_ptr(), value.shape, value.stride())
 
 
 def _apart(update: "WeightUpdate", name: str, first: str, to_model: Callable[[str], str]) -> bool:

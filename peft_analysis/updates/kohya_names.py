@@ -192,8 +192,8 @@ def split_part(key: str) -> tuple[str, str]:
 def diffusers_name(rest: str, layers: int) -> str:
     """A module of a U-Net in the order of the original Stable Diffusion code, as diffusers calls it.
 
-    The original counts blocks through: input block 1 + (layers + 1) b + l is layer l of down block b, the last
-    of each the downsampler; output block (layers + 1) b + l is layer l of up block b.
+    The original counts blocks through: input block 1 + (layers + 1) b + l is layer l of down block b, the
+    last of each the downsampler; output block (layers + 1) b + l is layer l of up block b.
 
     Args:
         rest: the module, dots as underscores.

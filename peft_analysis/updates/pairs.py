@@ -1,7 +1,7 @@
 """The update between two full checkpoints: tuned minus base, parameter by parameter."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft_analysis.errors import UpdateError
 from peft_analysis.updates.anatomy import quantised_dtype
 from peft_analysis.updates.entry import Entry
 from peft_analysis.updates.names import Chosen, listed, prefix_between
+from peft_analysis.updates.vocabularies import check_vocabularies
 from peft_analysis.updates.weight_update import WeightUpdate
 from peft_analysis.updates.weights import Weights
 
@@ -40,6 +41,7 @@ def read_pair(base: Weights, tuned: Weights, *, chosen: Chosen | None = None) ->
     """
     names, skipped = matched(base, tuned, chosen or Chosen())
     entries, wrong = {}, []
+    _check_tokens(base, tuned, names)
     for name, theirs in names.items():
         shapes, dtypes = (base.shape(name), tuned.shape(theirs)), (base.dtype(name), tuned.dtype(theirs))
         details: dict[str, Any] = {}
@@ -133,6 +135,17 @@ def _has_token_rows(name: str, theirs: str, base: Weights, tuned: Weights) -> bo
     if base.embeddings or tuned.embeddings:
         return name in base.embeddings or theirs in tuned.embeddings
     return bool(ROWS.search(name))
+
+
+def _check_tokens(base: Weights, tuned: Weights, names: Mapping[str, str]) -> None:
+    """Raises where the rows of embeddings that are compared are those of other tokens."""
+    rows = [
+        min(base.shape(name)[0], tuned.shape(theirs)[0])
+        for name, theirs in names.items()
+        if name in base.embeddings or (not base.embeddings and ROWS.search(name))
+    ]
+    if rows:
+        check_vocabularies(base.source, tuned.source, max(rows))
 
 
 def _rows(before: int, after: int) -> dict[str, Any]:

@@ -10,12 +10,15 @@ from torch import nn
 
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates import kohya
+from peft_analysis.updates.adapters import is_adapter, is_live, read_adapter
 from peft_analysis.updates.files import SAFE, TORCH, TensorFile, open_file
 from peft_analysis.updates.names import Chosen, Selection
 from peft_analysis.updates.pairs import read_pair, weights_of_pair
 from peft_analysis.updates.saved import from_file, is_saved_update
 from peft_analysis.updates.weight_update import WeightUpdate
 from peft_analysis.updates.weights import Weights
+
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # the file that diffusers writes into a folder
 
 
 def read_update(base: Any, tuned: Any, *, only: Selection = None, without: Selection = None) -> WeightUpdate:
@@ -46,6 +49,8 @@ def read_update(base: Any, tuned: Any, *, only: Selection = None, without: Selec
         ['bias']
     """
     chosen = Chosen(only, without)
+    if tuned is None:
+        raise UpdateError("tuned is None; give what was tuned: an adapter, a checkpoint, a file or an update")
     if isinstance(tuned, Sequence) and not isinstance(tuned, str):
         from peft_analysis.updates.sequence import read_sequence
 
@@ -69,7 +74,7 @@ def is_full(tuned: Any) -> bool:
     Raises:
         UpdateError: a file that cannot be read.
     """
-    if isinstance(tuned, WeightUpdate) or _is_adapter(tuned):
+    if isinstance(tuned, WeightUpdate) or _peft_adapter(tuned) is not None:
         return False
     file = _file(tuned)
     return file is None or not (is_saved_update(file) or kohya.is_adapter_file(file))
@@ -80,10 +85,9 @@ def _read_whole(base: Any, tuned: Any) -> WeightUpdate:
     known = base if base is None or isinstance(base, nn.Module) else Weights.of(base)
     if isinstance(tuned, WeightUpdate):
         return _upon(tuned, known)
-    if _is_adapter(tuned):
-        from peft_analysis.updates.adapters import read_adapter
-
-        return read_adapter(known, tuned)
+    adapter = _peft_adapter(tuned)
+    if adapter is not None:
+        return read_adapter(known, adapter)
     file = _file(tuned)
     if file is None:
         raise UpdateError(f"no update can be read from {_named(tuned)}")
@@ -113,17 +117,24 @@ def _upon(update: WeightUpdate, base: nn.Module | Weights | None) -> WeightUpdat
 def _file(tuned: Any) -> TensorFile | None:
     if isinstance(tuned, str | os.PathLike):
         path = Path(tuned).expanduser()
+        path = path / DIFFUSERS if (path / DIFFUSERS).is_file() else path
         if path.is_file() and path.suffix in (SAFE, *TORCH):
             return open_file(path)
     return None
 
 
-def _is_adapter(tuned: Any) -> bool:
-    from peft_analysis.updates.adapters import is_adapter, is_live
-
+def _peft_adapter(tuned: Any) -> nn.Module | Path | None:
+    """The module or the folder, if it holds an adapter of peft."""
     if isinstance(tuned, nn.Module):  # a module with adapters in it was made by peft, which is slow to import
-        return hasattr(tuned, "peft_config") or ("peft" in sys.modules and is_live(tuned))
-    return isinstance(tuned, str | os.PathLike) and is_adapter(Path(tuned).expanduser())
+        live = hasattr(tuned, "peft_config") or ("peft" in sys.modules and is_live(tuned))
+        return tuned if live else None
+    if isinstance(tuned, str | os.PathLike):
+        path = Path(tuned).expanduser()
+        if is_adapter(path):
+            return path
+        if path.is_file() and path.stem == "adapter_model" and is_adapter(path.parent):
+            return path.parent
+    return None
 
 
 def _named(tuned: Any) -> str:

@@ -37,7 +37,13 @@ def write_update(update: WeightUpdate, path: str | os.PathLike[str]) -> None:
         raise UpdateError(f"there is no folder {target.parent} to write {target.name} into")
     if target.suffix != SAFE:
         raise UpdateError(f"{target.name} must end with {SAFE}; an update is saved in that format")
-    metadata = {"format": FORMAT, "version": str(VERSION), "update": json.dumps(_described(update))}
+    try:
+        described = json.dumps(_described(update))
+    except (TypeError, ValueError) as wrong:
+        raise UpdateError(
+            f"details of an entry are not plain JSON ({wrong}); make them strings and numbers"
+        ) from wrong
+    metadata = {"format": FORMAT, "version": str(VERSION), "update": described}
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         with open(temporary, "xb") as file:
