@@ -24,7 +24,8 @@ def read_adapter(
     """An adapter of peft as a weight update: what `merge_and_unload` would add to each parameter.
 
     LoRA, VeRA, AdaLoRA, and LoHa and LoKr of small rank stay in factors. What scales or rotates the base's
-    own values (DoRA, OFT, BOFT, (IA)³ …) is dense and needs the base. Values are read one parameter at a time.
+    own values (DoRA, OFT, BOFT, (IA)³ …) is dense and needs the base. Values are read one parameter at a
+    time.
 
     Args:
         base: the weights that it was trained on. None for an adapter alone: what needs the base is then

@@ -27,7 +27,8 @@ class Change:
         kind: as in `Entry`.
         layout: as in `Entry`.
         needs_base: whether `delta` reads a weight.
-        rounded: the dtype of values that were stored whole, in place of the base's; None for an adapter's own.
+        rounded: the dtype of values that were stored whole in place of the base's; None for those of an
+            adapter.
         details: as in `Entry`.
         magnitude: as in `Entry`.
         moves_start: whether this replaces what the adapters stand on (a bias that was trained in place),

@@ -43,7 +43,7 @@ def changes(part: Part, foundation: Foundation) -> Iterator[Change]:
         kind="dora",
         layout=layout,
         needs_base=True,
-        details={"rank": part.tensors[lora.roles(part)[0]].shape[0], "scaling": scaling},
+        details=lora.details(part),
         magnitude=partial(_magnitude, part, foundation, role),
     )
     yield from lora.bias(part, foundation)

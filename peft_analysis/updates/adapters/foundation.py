@@ -40,6 +40,17 @@ class Foundation:
     def __contains__(self, name: str) -> bool:
         return self.weights is not None and name in self.weights
 
+    def quantised(self) -> list[str]:
+        """Names of matrices whose numbers are codes: whole numbers, or floats of one byte."""
+        if self.weights is None:
+            return []
+        return [
+            name
+            for name in self.weights
+            if name.endswith(("weight", "qzeros"))
+            and (not self.weights.dtype(name).is_floating_point or self.weights.dtype(name).itemsize < 2)
+        ]
+
     def name(self, name: str) -> str:
         """The name under which the base lists a parameter: that of its first owner where it is tied."""
         return self.weights.name_of(name) if self.weights is not None else name

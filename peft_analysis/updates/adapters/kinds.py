@@ -30,6 +30,7 @@ NO_WEIGHTS = {
     "CPT": TOKENS_BEFORE,
     "CARTRIDGE": TOKENS_BEFORE,
     "ADAPTION_PROMPT": "it adds attention to trained prompts",
+    "LILY": "it mixes its factors anew for every input",
     "XLORA": "it mixes adapters anew for every token",
     "POLY": "it mixes adapters by task",
     "SHADOW": "it runs a second network beside the model",

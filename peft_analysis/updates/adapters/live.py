@@ -1,7 +1,8 @@
 """A live model with adapters in it: its own base, and what each adapter holds."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates.adapters.change import Change, Read
+from peft_analysis.updates.adapters.copies import computed
 from peft_analysis.updates.adapters.folder import listed
 from peft_analysis.updates.adapters.foundation import Foundation, device_of, wide
 from peft_analysis.updates.adapters.part import Part
@@ -63,11 +65,7 @@ def _wrapped(layer: Any) -> nn.Module:
 
 
 def own_base(model: nn.Module) -> Foundation:
-    """The base inside a live model, under the names that it had before: merged adapters are taken out again.
-
-    Raises:
-        UpdateError: for a layer whose weights are quantised.
-    """
+    """The base inside a live model by the names that it had before; merged adapters are taken out again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -78,12 +76,13 @@ def own_base(model: nn.Module) -> Foundation:
     layouts: dict[str, Layout] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
-    merged: dict[str, Any] = {}
-    quantised = []
+    merged: dict[str, Callable[[str], Tensor]] = {}
     for path, module in places(root):
         if isinstance(module, BaseTunerLayer):
-            if module.merged and not hasattr(module, "ln_tuning_layers"):
-                merged[path] = module
+            if module.merged and path not in merged and not hasattr(module, "ln_tuning_layers"):
+                merged[path] = partial(_unmerged, module, "")
+                if isinstance(module.get_base_layer(), nn.MultiheadAttention):
+                    merged[f"{path}.out_proj"] = partial(_unmerged, module, "out_proj")
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):
             continue
@@ -92,21 +91,15 @@ def own_base(model: nn.Module) -> Foundation:
             owner = first.setdefault(id(value), full)
             if owner != full:
                 tied[full] = owner
-                continue
-            if not value.is_floating_point():
-                quantised.append(full)
+                if path in merged:
+                    readers[owner] = partial(merged[path], name)
                 continue
             values[full] = value
-            readers[full] = partial(_unmerged, merged[path], name) if path in merged else value.detach
+            readers[full] = partial(merged[path], name) if path in merged else value.detach
             if type(module).__name__ == "Conv1D":
                 layouts[full] = "in_out"
             elif isinstance(module, nn.Embedding):
                 layouts[full] = "other"
-    if quantised:
-        raise UpdateError(
-            f"{type(root).__name__} is quantised: the numbers of {listed(quantised)} are codes; give the base as it "
-            "was before"
-        )
     weights = Weights(
         readers,
         shapes={name: value.shape for name, value in values.items()},
@@ -143,15 +136,17 @@ def in_effect(layer: Any, chosen: Collection[str] | None) -> list[str]:
     return list(dict.fromkeys(layer.merged_adapters if layer.merged else layer.active_adapters))
 
 
-def saved(model: nn.Module, chosen: Collection[str] | None) -> Iterator[tuple[str, Stored]]:
-    """The values of modules to save and of LN tuning, by their names in the base."""
+def saved(model: nn.Module, chosen: Collection[str] | None) -> Iterator[tuple[str, str, Stored]]:
+    """The values of modules to save and of LN tuning: their names in the base, kinds and values."""
     from peft.utils.other import ModulesToSaveWrapper
 
     for path, module in places(core(model)):
         if isinstance(module, ModulesToSaveWrapper):
-            adapters, copies = in_effect_of(module, chosen), module.modules_to_save
+            adapters = list(chosen) if chosen is not None else list(module.active_adapters)
+            kind, copies = "modules_to_save", module.modules_to_save
         elif hasattr(module, "ln_tuning_layers"):
-            adapters, copies = in_effect(module, chosen), module.ln_tuning_layers
+            adapters = in_effect(module, chosen)
+            kind, copies = "ln_tuning", module.ln_tuning_layers
         else:
             continue
         for adapter in adapters:
@@ -161,12 +156,7 @@ def saved(model: nn.Module, chosen: Collection[str] | None) -> Iterator[tuple[st
                 module.base_layer if adapter in getattr(module, "merged_adapters", ()) else copies[adapter]
             )
             for name, value in (*trained.named_parameters(), *_buffers(trained, recurse=True)):
-                yield f"{path}.{name}", Stored(value.shape, value.dtype, value.detach)
-
-
-def in_effect_of(wrapper: Any, chosen: Collection[str] | None) -> list[str]:
-    """The adapter of a module to save that counts; only one can."""
-    return list(chosen) if chosen is not None else list(wrapper.active_adapters)
+                yield f"{path}.{name}", kind, Stored(value.shape, value.dtype, value.detach)
 
 
 def part_of(layer: Any, path: str, adapter: str, settings: Mapping[str, Any], times: int = 1) -> Part | None:
@@ -174,10 +164,12 @@ def part_of(layer: Any, path: str, adapter: str, settings: Mapping[str, Any], ti
     if adapter in getattr(layer, TOKENS, {}):
         if layer.tied_adapter:
             return None
-        stored = {TOKENS: Stored.of(layer.trainable_tokens_delta[adapter])}
+        rows = layer.trainable_tokens_delta[adapter]
+        stored = {TOKENS: Stored(rows.shape, rows.dtype, rows.detach)}
         return Part(path, stored, {"token_indices": layer.token_indices[adapter]}, layer=layer)
     tensors = {}
-    for name, value in layer.state_dict(keep_vars=True).items():
+    held = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
+    for name, value in held:
         words = name.split(".")
         if words[0] != "base_layer" and adapter in words[1:]:
             at = words.index(adapter, 1)
@@ -200,7 +192,7 @@ def part_of(layer: Any, path: str, adapter: str, settings: Mapping[str, Any], ti
     )
 
 
-def moved(own: Foundation, given: Foundation, merged: Collection[str]) -> Iterator[Change]:
+def moved(own: Foundation, given: Foundation, merged: Mapping[str, bool]) -> Iterator[Change]:
     """Where the base inside a live model is no longer the one that was given.
 
     Biases are trained in place; PiSSA and its like take their start off the base.
@@ -208,7 +200,8 @@ def moved(own: Foundation, given: Foundation, merged: Collection[str]) -> Iterat
     Args:
         own: the base inside the model.
         given: the base as it was before.
-        merged: parameters into which an adapter is merged, whose values are known but to rounding.
+        merged: parameters into which an adapter is merged, and whether peft can take it out again. Without it
+            they are known but to rounding; where it stays in, they are taken to be as given.
 
     Raises:
         UpdateError: for names that the given base lacks or has in another shape.
@@ -216,8 +209,13 @@ def moved(own: Foundation, given: Foundation, merged: Collection[str]) -> Iterat
     inside, before = own.weights, given.weights
     if inside is None or before is None:
         return
-    lost = [name for name in inside if name not in before]
-    other = [name for name in inside if name in before and inside.shape(name) != before.shape(name)]
+    coded = set(own.quantised())
+    lost = [name for name in inside if name not in before and name not in coded]
+    other = [
+        name
+        for name in inside
+        if name in before and name not in coded and inside.shape(name) != before.shape(name)
+    ]
     if lost or other:
         raise UpdateError(
             f"{given.source} is not the base of this model: "
@@ -228,7 +226,9 @@ def moved(own: Foundation, given: Foundation, merged: Collection[str]) -> Iterat
             )
         )
     for name in inside:
-        if name not in merged and not _same(inside[name], before[name]):
+        if name in coded or not merged.get(name, True):
+            continue
+        if not _same(inside[name], before[name], name in merged):
             yield Change(
                 name=before.name_of(name),
                 shape=before.shape(name),
@@ -246,8 +246,12 @@ def _from(own: Foundation, name: str, current: Read, start: Read) -> Tensor:
     return wide(own.stored(name)).to(base) - base
 
 
-def _same(inside: Tensor, before: Tensor) -> bool:
-    return bool(torch.equal(inside, before.to(device=inside.device, dtype=inside.dtype)))
+def _same(inside: Tensor, before: Tensor, nearly: bool) -> bool:
+    before = before.to(device=inside.device, dtype=inside.dtype)
+    if torch.equal(inside, before):
+        return True
+    tolerance = max(4 * torch.finfo(inside.dtype).eps, 1e-4)
+    return nearly and bool((wide(inside) - wide(before)).norm() <= tolerance * wide(before).norm())
 
 
 def _buffers(module: nn.Module, recurse: bool = False) -> list[tuple[str, Tensor]]:
@@ -261,11 +265,27 @@ def _buffers(module: nn.Module, recurse: bool = False) -> list[tuple[str, Tensor
     ]
 
 
-def _unmerged(layer: Any, name: str) -> Tensor:
-    single = copy.deepcopy(layer)
-    with torch.no_grad():
-        single.unmerge()
-    value = getattr(single.get_base_layer(), name)
-    if not isinstance(value, Tensor):
-        raise UpdateError(f"a merged layer of type {type(layer).__name__} has no tensor {name}")
+def comes_back(layer: Any) -> bool:
+    """Whether peft can take a merged adapter out again; OSF changes the weight for good."""
+    return not hasattr(layer, "osf_svd_params")
+
+
+def _unmerged(layer: Any, inner: str, name: str) -> Tensor:
+    """A parameter of what a layer wraps, with everything taken out that was merged into it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not comes_back(layer):
+        raise UpdateError("OSF changes merged weights for good; give the base as it was")
+    single = copy.deepcopy(layer, computed(layer))
+    module = single
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while isinstance(module, BaseTunerLayer):  # one kind of adapter may wrap another
+            if module.merged:
+                module.unmerge()
+            module = module.base_layer
+    if inner:
+        module = module.get_submodule(inner)
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    value = getattr(module, name)
     return value.detach()

@@ -53,7 +53,7 @@ def _delta(
     left, right = _pair(part, foundation, "1")
     other_left, other_right = _pair(part, foundation, "2")
     if left.shape[1] * other_left.shape[1] < min(left.shape[0], right.shape[1]):
-        # The Hadamard product of two products is the product of the row-wise and column-wise Kronecker products.
+        # (B₁A₁) ∘ (B₂A₂) is one product: of the row-wise Kronecker products, and the column-wise ones.
         return LowRank(
             scaling * (left.unsqueeze(2) * other_left.unsqueeze(1)).flatten(1),
             (right.unsqueeze(1) * other_right.unsqueeze(0)).flatten(0, 1),

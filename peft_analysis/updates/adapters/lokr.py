@@ -68,8 +68,8 @@ def _delta(
     part: Part, foundation: Foundation, scaling: float, shape: torch.Size, current: Read, start: Read
 ) -> LowRank | Tensor:
     if "lokr_w2" in part.tensors and len(part.tensors["lokr_w2"].shape) == 3:
-        # peft takes the Kronecker product of a matrix with the three-dimensional kernel of a Conv1d as torch.kron
-        # does, which lines up the last dimensions, and reshapes.
+        # For the kernel of a Conv1d peft leaves it to torch.kron to line up three dimensions with two, from
+        # the last on, and reshapes.
         return (scaling * torch.kron(_whole(part, foundation), part.read("lokr_w2", foundation))).reshape(
             shape
         )

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
+from peft_analysis.updates.adapters import experts
 from peft_analysis.updates.adapters.change import Change, Read
 from peft_analysis.updates.adapters.foundation import Foundation
 from peft_analysis.updates.adapters.part import Part
-from peft_analysis.updates.adapters.settings import scaling_of
+from peft_analysis.updates.adapters.settings import alpha_of, scaling_of
 from peft_analysis.updates.entry import Layout
 
 LINEAR = ("lora_A.weight", "lora_B.weight")
@@ -25,8 +27,9 @@ def changes(part: Part, foundation: Foundation) -> Iterator[Change]:
     Raises:
         UpdateError: for a factor that is missing, of rank 0, or does not fit the other or the base.
     """
-    down, up = roles(part)
-    rank = part.tensors[down].shape[0]
+    if experts.are_in(part):
+        yield from experts.changes(part, foundation)
+        return
     shape, layout = stored_shape(part, foundation)
     scaling = scaling_in(part)
     yield Change(
@@ -35,7 +38,7 @@ def changes(part: Part, foundation: Foundation) -> Iterator[Change]:
         delta=partial(_product, part, foundation, scaling, layout),
         kind="lora",
         layout=layout,
-        details={"rank": rank, "scaling": scaling},
+        details=details(part),
     )
     yield from bias(part, foundation)
 
@@ -77,6 +80,15 @@ def scaling_in(part: Part) -> float:
     return scaling * part.times
 
 
+def details(part: Part) -> dict[str, Any]:
+    """Rank, α and s of a module, for `Entry.details`."""
+    if part.layer is not None:
+        alpha = next(iter(part.layer.lora_alpha.values()), None)
+    else:
+        alpha = alpha_of(part.settings, part.patterned)
+    return {"rank": part.tensors[roles(part)[0]].shape[0], "alpha": alpha, "scaling": scaling_in(part)}
+
+
 def factors(part: Part, foundation: Foundation) -> LowRank:
     """B A as (out, in), the factors of a convolution flattened."""
     down, up = roles(part)
@@ -115,13 +127,13 @@ def _sizes(part: Part) -> tuple[tuple[int, ...], int]:
     a, b = (part.tensors[role].shape for role in roles(part))
     if min((*a, *b), default=0) == 0 or len(a) < 2 or len(b) < 2:
         raise UpdateError(
-            f"{part.path}: factors of shapes {tuple(a)} and {tuple(b)}: rank 0, or saved while they were sharded "
-            "over devices; such an adapter changes nothing"
+            f"{part.path}: factors of shapes {tuple(a)} and {tuple(b)}: rank 0, or saved while they were "
+            "sharded over devices; such an adapter changes nothing"
         )
     if b[1] != a[0] and len(a) > 2 and a[0] % b[1] == 0:
         raise UpdateError(
-            f"{part.path}: a LoRA on a grouped convolution mixes the inputs of all groups, which no change of the "
-            "grouped kernel does; peft does not merge it either"
+            f"{part.path}: a LoRA on a grouped convolution mixes the inputs of all groups, which no change "
+            "of the grouped kernel does; peft does not merge it either"
         )
     if b[1] != a[0]:
         raise UpdateError(f"{part.path}: factors of shapes {tuple(a)} and {tuple(b)} do not multiply")

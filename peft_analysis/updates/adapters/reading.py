@@ -13,6 +13,7 @@ from peft_analysis.updates.adapters import folder as files
 from peft_analysis.updates.adapters import kinds, live, starts, through_peft, vera, whole
 from peft_analysis.updates.adapters.attention import output_times
 from peft_analysis.updates.adapters.change import Change, entry
+from peft_analysis.updates.adapters.copies import copied
 from peft_analysis.updates.adapters.folder import PREFIX, listed
 from peft_analysis.updates.adapters.foundation import Foundation
 from peft_analysis.updates.adapters.part import Part
@@ -45,6 +46,15 @@ class _Collected:
             found[name if apart else self.foundation.name(name)] += steps
         return found
 
+    def refuse_quantised(self) -> None:
+        """Raises an `UpdateError` where the base's numbers are codes, to which nothing can be added."""
+        coded = self.foundation.quantised()
+        if coded:
+            raise UpdateError(
+                f"{self.foundation.source} is quantised: the numbers of {listed(coded)} are codes; give the "
+                "base as it was before"
+            )
+
     def update(self) -> WeightUpdate:
         if self.wrong:
             raise UpdateError(f"{self.source} cannot be read: {'; '.join(dict.fromkeys(self.wrong))}")
@@ -66,7 +76,8 @@ def from_folder(base: "nn.Module | Weights | None", path: Path) -> WeightUpdate:
     tensors = files.read_tensors(path)
     foundation = live.own_base(base) if _injected(base) else Foundation.of(base)
     collected = _Collected(foundation, f"the {kind} adapter {path}")
-    if kinds.has_formula(kind, settings):
+    collected.refuse_quantised()
+    if kinds.has_formula(kind, settings) and not settings.get("target_parameters"):
         _by_formula(kind, settings, tensors, collected)
     else:
         _by_peft(kind, settings, tensors, collected)
@@ -88,19 +99,20 @@ def from_model(
         live.own_base(base if isinstance(base, nn.Module) else model) if inside else Foundation.of(base)
     )
     collected = _Collected(foundation, f"the adapters in {type(model).__name__}")
-    adapted = _live_parts(model, settings, chosen, collected)
-    for name, stored in live.saved(model, chosen):
-        kind = whole.kind_of(name, {"modules_to_save": [whole.base_name(name).rpartition(".")[0]]})
-        collected.add(iter([whole.change(name, stored, foundation, kind)]))
+    collected.refuse_quantised()
+    merged = _live_parts(model, settings, chosen, collected)
+    for name, kind, stored in live.saved(model, chosen):
+        collected.add(whole.changes(name, stored, foundation, kind))
     if not inside:
-        collected.add(live.moved(live.own_base(model), foundation, adapted))
+        own = live.own_base(model)
+        collected.add(live.moved(own, foundation, {own.name(name): back for name, back in merged.items()}))
     trained = [
         name for name in _names_in_effect(model, chosen) if settings[name].get("bias", "none") != "none"
     ]
     if inside and trained:
         collected.wrong.append(
-            f"the adapter {listed(trained)} trained biases in place, whose values before are not in the model; "
-            "give the base as it was"
+            f"the adapter {listed(trained)} trained biases in place, whose values before are not in the "
+            "model; give the base as it was"
         )
     return collected.update()
 
@@ -138,30 +150,34 @@ def _by_peft(
     if foundation.weights is None:
         raise UpdateError(f"{collected.source} can be read only beside its base; give it")
     try:
-        prefix, together = through_peft.known(kind)
+        prefix, together = through_peft.known(str(settings["peft_type"]))
         paths, own, rest = through_peft.sorted_out(tensors, prefix)
+        stacked = bool(settings.get("target_parameters"))
+        lost = [path for path in paths if f"{path}.weight" not in foundation]
+        if lost and not stacked:
+            raise UpdateError(f"{foundation.source} has no {listed(lost)}")
+        made = through_peft.Rebuilt(settings, own, foundation, paths, together=together or stacked)
     except UpdateError as error:
         collected.wrong.append(str(error))
         return
     _whole(rest, settings, collected)
-    lost = [path for path in paths if f"{path}.weight" not in foundation]
-    if lost:
-        collected.wrong.append(f"{foundation.source} has no {listed(lost)}")
+    if kinds.has_formula(kind, settings):
+        for path, layer in made.layers():
+            part = live.part_of(layer, path, "default", settings)
+            if part is not None:
+                collected.add(kinds.FAMILIES[kind][0](part, foundation))
         return
-    make = through_peft.Rebuilt(settings, own, foundation, paths, together=together)
-    for path in paths:
-        collected.add(through_peft.changes(partial(make.layer, path), path, ("default",), kind, foundation))
+    for path in made.paths:
+        make = partial(made.layer, path)
+        collected.add(through_peft.changes(make, path, ("default",), kind, foundation))
 
 
 def _whole(rest: Mapping[str, Stored], settings: Mapping[str, Any], collected: _Collected) -> None:
     for name, stored in rest.items():
         if any(word.startswith(kinds.IGNORED) for word in name.split(".")):
             continue
-        try:
-            kind = whole.kind_of(name, settings)
-            collected.add(iter([whole.change(name, stored, collected.foundation, kind)]))
-        except UpdateError as error:
-            collected.wrong.append(str(error))
+        kind = whole.kind_of(name, settings)
+        collected.add(whole.changes(name, stored, collected.foundation, kind))
 
 
 def _part(raw: str, held: Mapping[str, Stored], every: Collection[str], settings: Mapping[str, Any]) -> Part:
@@ -183,14 +199,19 @@ def _live_parts(
     settings: Mapping[str, dict[str, Any]],
     chosen: Sequence[str] | None,
     collected: _Collected,
-) -> set[str]:
-    """Adds the changes of all layers; gives the names of parameters with something merged into them."""
+) -> dict[str, bool]:
+    """Adds the changes of all layers.
+
+    Returns:
+        The names of parameters with something merged into them, and whether peft can take it out again.
+    """
     foundation = collected.foundation
     doubled = live.output_projections(model)
-    merged = set()
+    merged: dict[str, bool] = {}
     for path, layer in live.layers(model):
         if layer.merged:
-            merged |= {f"{path}.{name}" for name, _ in layer.get_base_layer().named_parameters()}
+            back = live.comes_back(layer)
+            merged |= {f"{path}.{name}": back for name, _ in layer.get_base_layer().named_parameters()}
         others: list[str] = []
         for adapter in live.in_effect(layer, chosen):
             part = live.part_of(
@@ -214,7 +235,7 @@ def _live_parts(
                 others.append(adapter)
         if others:
             kind = kinds.kind_of(settings[others[0]])
-            make = partial(through_peft.copied, layer)
+            make = partial(copied, layer)
             collected.add(through_peft.changes(make, path, others, kind, foundation))
     return merged
 

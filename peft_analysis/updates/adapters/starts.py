@@ -34,8 +34,9 @@ def changes(part: Part, foundation: Foundation) -> Iterator[Change]:
     lost = next((name for key, name in LOST.items() if start.startswith(key)), None)
     if lost is not None:
         raise UpdateError(
-            f"{part.path}: {lost} took values off the base before training that neither the adapter nor the base "
-            "tells; save it with path_initial_model_for_weight_conversion, or give the live model and the base"
+            f"{part.path}: {lost} took values off the base before training that neither the adapter nor the "
+            "base tells; save it with path_initial_model_for_weight_conversion, or give the live model and "
+            "the base"
         )
     if part.tensors.keys() & set(lora.EMBEDDING) or len(part.tensors["lora_A.weight"].shape) > 2:
         return  # peft starts embeddings and convolutions as any LoRA

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates.adapters.change import Change, Read
+from peft_analysis.updates.adapters.copies import copied, skeleton
 from peft_analysis.updates.adapters.folder import PREFIX, listed
 from peft_analysis.updates.adapters.foundation import Foundation, wide
+from peft_analysis.updates.adapters.live import layers
 from peft_analysis.updates.files import Stored
 
-PLAIN = frozenset()
-"""Kinds whose layers do not look at the base's values when they are made."""
+SHARING = frozenset({"RANDLORA"})
+"""Kinds whose modules share tensors, beside those of which peft says so."""
+ORDERED = frozenset({"TINYLORA", "UNILORA"})
+"""Kinds that give out shared numbers in the order of the base's modules."""
 BIASED = frozenset({"GLORA", "ROAD", "BEFT"})
 """Kinds that change the bias, too; BEFT that alone."""
 Layer = Callable[[], Any]
@@ -59,13 +63,6 @@ def changes(
             needs_base=True,
             rounded=torch.float32,
         )
-
-
-def copied(layer: Any) -> Any:
-    """A live layer's copy, with nothing merged."""
-    single = copy.deepcopy(layer)
-    single.merged_adapters = []
-    return single
 
 
 def _merged(
@@ -111,7 +108,7 @@ def known(kind: str) -> tuple[str, bool]:
     if kind not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise UpdateError(f"{kind} is no kind that the installed peft knows; is a newer one needed?")
     shares = bool(getattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "uses_shared_state", False))
-    return PEFT_TYPE_TO_PREFIX_MAPPING[kind], shares
+    return PEFT_TYPE_TO_PREFIX_MAPPING[kind], shares or kind in SHARING
 
 
 def sorted_out(
@@ -139,6 +136,9 @@ class Rebuilt:
     """Layers of peft with a folder's adapter in them, made when they are asked for.
 
     One module at a time, unless the modules of a kind share tensors; these are made together and kept.
+
+    Attributes:
+        paths: of the adapted modules.
     """
 
     def __init__(
@@ -153,31 +153,48 @@ class Rebuilt:
         self._settings = settings
         self._tensors = tensors
         self._foundation = foundation
-        self._paths = paths
-        self._together = rebuilt(settings, tensors, foundation, paths) if together else None
+        self._together = None
+        self.paths = list(paths)
+        if not together:
+            return
+        if foundation.module is not None:
+            tree, targets = skeleton(foundation.module), None
+        elif str(settings["peft_type"]) in ORDERED or settings.get("target_parameters") or not paths:
+            raise UpdateError("the adapter depends on the order of the base's modules; give it as a module")
+        else:
+            tree, targets = _tree(paths, foundation), paths
+        self._together = _loaded(tree, settings, tensors, targets)
+        self.paths = [path for path, _ in layers(self._together)]
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """All layers, where they are made together, each with its module's path."""
+        if self._together is not None:
+            yield from layers(self._together)
 
     def layer(self, path: str) -> Any:
         """The layer of a module, which may be changed."""
         if self._together is not None:
             return copied(self._together.get_submodule(f"{PREFIX}{path}"))
         own = {name: held for name, held in self._tensors.items() if name.startswith(f"{PREFIX}{path}.")}
-        model = rebuilt(self._settings, own, self._foundation, [path])
+        model = _loaded(_tree([path], self._foundation), self._settings, own, [path])
         return model.get_submodule(f"{PREFIX}{path}")
 
 
-def rebuilt(
+def _tree(paths: Collection[str], foundation: Foundation) -> nn.Module:
+    """A model of nothing but some modules of the base."""
+    tree = nn.Module()
+    for path in paths:
+        _put(tree, path, module_at(path, foundation))
+    return tree
+
+
+def _loaded(
+    model: nn.Module,
     settings: Mapping[str, Any],
     tensors: Mapping[str, Stored],
-    foundation: Foundation,
-    paths: Collection[str],
+    targets: Collection[str] | None,
 ) -> nn.Module:
-    """A model of nothing but the adapted modules, with the adapter of a folder put in by peft.
-
-    Args:
-        settings: the adapter's configuration.
-        tensors: the adapter's tensors by their full names.
-        foundation: the base.
-        paths: of the modules.
+    """The model with the adapter put in by peft: at the given modules, or where the settings say.
 
     Raises:
         UpdateError: if tensors are missing, unknown or of another shape.
@@ -185,23 +202,20 @@ def rebuilt(
     from peft import get_peft_model
     from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
-    tree = nn.Module()
-    for path in sorted(paths):
-        _put(tree, path, module_at(path, foundation))
     kind = str(settings["peft_type"])
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
-            model = get_peft_model(tree, _config(settings, paths))
-            expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+            tuned = get_peft_model(model, _config(settings, targets))
+            expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
             _check(expected, tensors, kind)
-            set_peft_model_state_dict(model, {name: stored.read() for name, stored in tensors.items()})
+            set_peft_model_state_dict(tuned, {name: stored.read() for name, stored in tensors.items()})
         except UpdateError:
             raise
         except (ValueError, RuntimeError, TypeError, KeyError, NotImplementedError) as refused:
             raise UpdateError(f"peft does not load this {kind} adapter: {refused}") from refused
-    return model
+    return tuned.eval()
 
 
 def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Stored], kind: str) -> None:
@@ -266,31 +280,19 @@ def _put(tree: nn.Module, path: str, module: nn.Module) -> None:
     tree.add_module(name, module)
 
 
-def _config(settings: Mapping[str, Any], paths: Collection[str]) -> Any:
+def _config(settings: Mapping[str, Any], targets: Collection[str] | None) -> Any:
     from dataclasses import fields
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[str(settings["peft_type"])]
     known = {field.name for field in fields(kind) if field.init}
-    given = {name: value for name, value in settings.items() if name in known and name != "peft_type"}
-    replaced = {
-        "target_modules": sorted(paths),
-        "bias": "none",
-        "inference_mode": True,
-        "task_type": None,
-        **dict.fromkeys(
-            (
-                "exclude_modules",
-                "layers_to_transform",
-                "layers_pattern",
-                "modules_to_save",
-                "trainable_token_indices",
-                "target_parameters",
-                "base_model_name_or_path",
-                "auto_mapping",
-            )
-        ),
-    }
-    given |= {name: value for name, value in replaced.items() if name in known}
-    return kind(**given)
+    given = dict(settings)
+    given |= dict.fromkeys(
+        ("task_type", "base_model_name_or_path", "auto_mapping", "modules_to_save", "trainable_token_indices")
+    )
+    given |= {"bias": "none", "inference_mode": True, "progressbar": False}
+    if targets is not None:
+        given |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        given["target_modules"] = list(targets)
+    return kind(**{name: value for name, value in given.items() if name in known and name != "peft_type"})

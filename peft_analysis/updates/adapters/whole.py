@@ -24,7 +24,7 @@ def base_name(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in BETWEEN)
 
 
-def change(stored_name: str, stored: Stored, foundation: Foundation, kind: str) -> Change:
+def changes(stored_name: str, stored: Stored, foundation: Foundation, kind: str) -> Iterator[Change]:
     """The difference between a value that was stored whole and the base's.
 
     A tied parameter that was stored apart, as a module to save, is one of its own from then on.
@@ -40,14 +40,14 @@ def change(stored_name: str, stored: Stored, foundation: Foundation, kind: str) 
         shape, layout = foundation.weights.shape(name), foundation.weights.layout(name)
         if stored.shape != shape:
             raise UpdateError(
-                f"{name} has shape {tuple(shape)} in {foundation.source}, {tuple(stored.shape)} in the adapter"
+                f"{name} has shape {tuple(shape)} in {foundation.source} and {tuple(stored.shape)} here"
                 + (
                     ": the vocabularies differ; resize the base's embeddings first"
                     if stored.shape[1:] == shape[1:]
                     else ""
                 )
             )
-    return Change(
+    yield Change(
         name=name,
         shape=shape,
         delta=partial(_difference, stored, foundation),
@@ -114,9 +114,12 @@ def _indices(part: Part) -> Sequence[int]:
     return [int(index) for index in found]
 
 
-def _difference(stored: Stored, foundation: Foundation, current: Read, start: Read) -> Tensor:
+def _difference(stored: Stored, foundation: Foundation, current: Read, start: Read) -> LowRank | Tensor:
     base = current()
     value = wide(stored.read().to(base.device))
+    if base.ndim >= 2 and torch.equal(value, base):
+        # An embedding that is adapted is saved beside its adapter, and mostly as it was.
+        return LowRank.zeros(len(base), base[0].numel(), dtype=base.dtype, device=base.device)
     wider = torch.promote_types(value.dtype, base.dtype)
     return value.to(wider) - base.to(wider)
 
