@@ -172,17 +172,17 @@ def spectra_table(rows: list[dict[str, Any]]) -> Table:
         "overlap\nout / in",
         "verdict",
     ):
-        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "rank\nis" else "right", no_wrap=True)
     for row in rows:
         changed = row.get("relative_norm")
         table.add_row(
             row["kind"] if row["block"] is None else f"{row['block']} {row['kind']}",
             f"norm {row['norm']:.3g}" if changed is None else words.percent(changed),
             words.rank_of(row),
-            f"{row['effective_rank']:.3g}",
+            f"{row.get('effective_rank_above') or row['effective_rank']:.3g}",
             _pair(row, "intruders", " + ", str),
             _pair(row, "overlap", " / ", lambda share: f"{100 * share:.0f}"),
-            row.get("verdict") or "–",
+            row["verdict"].removesuffix(" rank"),
         )
     return table
 

@@ -63,6 +63,10 @@ COLUMNS: tuple[Column, ...] = (
         "How many directions carry the update: exp of the entropy of σ / Σσ (Roy and Vetterli 2007).",
     ),
     Column(
+        "effective_rank_above", "effective rank above noise", "rank", "number",
+        "The same of the singular values above the noise alone.",
+    ),
+    Column(
         "stable_rank", "stable rank", "rank", "number",
         "Squared Frobenius norm over squared largest singular value.",
     ),
@@ -134,10 +138,13 @@ COLUMNS: tuple[Column, ...] = (
         "delta_direction", "ΔD", "direction", "number",
         "Mean of 1 − cosine between these vectors before and after (Liu et al. 2024, DoRA).", "base",
     ),
-    Column("verdict", "verdict", "verdict", "text", "Low rank, full rank or unknown."),
+    Column(
+        "verdict", "verdict", "verdict", "text",
+        "Low rank, full rank, none (nothing but rounding) or unknown.",
+    ),
     Column(
         "p_value", "p", "verdict", "chance",
-        "Probability of so little noise-like remainder if the update were of full rank; see the evidence.",
+        "The probability of what is seen if the verdict's opposite were true.",
     ),
 )  # fmt: skip
 

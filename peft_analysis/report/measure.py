@@ -16,7 +16,7 @@ from peft_analysis.intruders import IntruderSide, intruders
 from peft_analysis.matrix_verdict import MatrixVerdict, judge_matrix
 from peft_analysis.rank_path import effective_rank_slope
 from peft_analysis.report.names import place
-from peft_analysis.spectrum import Spectrum, spectrum
+from peft_analysis.spectrum import Spectrum, measures, spectrum
 from peft_analysis.subspaces import Side, overlap, principal_angles
 from peft_analysis.updates import WeightUpdate
 
@@ -90,7 +90,7 @@ def measure(
             "origin": entry.kind,
             "details": _plain(entry.details),
             **_judged(judged),
-            **_measured(difference, base, settings, cache),
+            **_measured(difference, base, judged, settings, cache),
         }
     except UpdateError as error:
         raise UpdateError(str(error) if name in str(error) else f"{name}: {error}") from error
@@ -100,11 +100,14 @@ def measure(
 def _measured(
     difference: LowRank | Tensor,
     base: Tensor | None,
+    judged: MatrixVerdict,
     settings: Settings,
     cache: SVDCache | None,
 ) -> dict[str, Any]:
     seen = spectrum(difference)
     row = {**_sizes(seen), "curves": {"singular": curve(seen.singular_values)}}
+    above = measures(seen.singular_values[: judged.rank])
+    row["effective_rank_above"] = above["effective_rank"] if judged.rank else None
     if base is None:
         return row | {"left_out": {"base": "the base's weights were not given"}}
     if tuple(base.shape) != tuple(difference.shape):
@@ -118,8 +121,12 @@ def _measured(
     turned = direction_change(base, difference)
     row |= {"delta_magnitude": turned.magnitude, "delta_direction": _number(turned.direction)}
     side = min(base.shape)
-    if seen.frobenius == 0:
-        return row | {"intruders_left": 0, "intruders_right": 0}
+    if judged.statement == "none":
+        return (
+            row
+            if seen.frobenius == 0
+            else row | {"left_out": {"base svd": "the difference is rounding alone"}}
+        )
     if not size:
         return row | {"left_out": {"base svd": "the base's matrix is zero"}}
     if settings.max_base_side is not None and side > settings.max_base_side:
@@ -129,7 +136,8 @@ def _measured(
     row["relative_spectral"] = seen.spectral / float(decomposed.S[0])
     row["curves"]["base"] = curve(decomposed.S)
     row["rank_slope"] = _number(float(effective_rank_slope(base, difference, base_svd=decomposed)))
-    _aligned(row, strongest(difference, seen, settings.top), decomposed, settings.top)
+    if judged.rank:
+        _aligned(row, strongest(difference, min(settings.top, judged.rank)), decomposed, settings.top)
     found = intruders(base, difference, settings.epsilon, settings.k, base_svd=decomposed)
     row["curves"]["intruders"] = {
         side: _intruding(row, side, one)
@@ -194,9 +202,8 @@ def _sizes(seen: Spectrum) -> dict[str, Any]:
     }
 
 
-def strongest(difference: LowRank | Tensor, seen: Spectrum, top: int) -> LowRank:
-    """The directions that hold 90 % of the difference's squared norm, at most `top` of them, in factors."""
-    count = min(top, seen.energy_ranks[0.9])
+def strongest(difference: LowRank | Tensor, count: int) -> LowRank:
+    """The strongest singular directions of a difference, in factors."""
     if isinstance(difference, LowRank):
         return difference.truncate(count)
     wide = difference.float() if difference.dtype in HALF else difference

@@ -37,7 +37,11 @@ def page(report: "Report") -> str:
 def payload(report: "Report") -> dict[str, Any]:
     """Everything that the page's script reads, as JSON values; numbers with six digits."""
     size = sum(row["rows"] * row["columns"] for row in report.rows)
-    asked = f"{report.source}, " + (f"beside {report.base}" if report.base else "without its base")
+    asked = report.source
+    if report.base is None:
+        asked += ", without its base"
+    elif report.base not in report.source:
+        asked += f", beside {report.base}"
     columns = [
         {"name": one.name, "title": one.title, "group": one.group, "form": one.form, "meaning": one.meaning}
         for one in COLUMNS

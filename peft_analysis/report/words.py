@@ -14,7 +14,7 @@ def headline(report: "Report") -> str:
     if not report.rows:
         return "No matrix is part of this update."
     if not rows:
-        return "Nothing was changed: every difference is zero."
+        return "No matrix was changed, but for rounding."
     return f"{_what(report, rows)}{_how_much(report)}."
 
 
@@ -27,8 +27,6 @@ def lines(report: "Report") -> list[str]:
     evidence = [str(line) for line in (report.verdict or {}).get("evidence", ())]
     found += [f"{line[0].upper()}{line[1:]}." for line in evidence if line]
     found += _alignment(rows)
-    if report.vectors:
-        found.append(f"Besides, {_count(len(report.vectors), 'vector')} (biases, norms) changed.")
     return found
 
 
@@ -43,7 +41,9 @@ def tiles(report: "Report") -> list[dict[str, str]]:
         ranks = [row["rank"] for row in rows if row.get("rank") is not None]
         if ranks:
             found.append(_tile(_range(ranks), "true rank, from the least to the largest matrix"))
-        found.append(_tile(f"{median(row['effective_rank'] for row in rows):.3g}", "median effective rank"))
+        carried = [row["effective_rank_above"] for row in rows if row.get("effective_rank_above")]
+        if carried:
+            found.append(_tile(f"{median(carried):.3g}", "median effective rank, noise left out"))
         found.append(_tile(f"{len(rows)} of {len(report.rows)}", "matrices changed"))
         counted = [row for row in rows if row.get("intruders_left") is not None]
         if counted:
@@ -63,8 +63,8 @@ def left_out(report: "Report") -> list[str]:
 
 
 def changed(report: "Report") -> list[dict[str, Any]]:
-    """The rows whose difference is not zero."""
-    return [row for row in report.rows if row["norm"]]
+    """The rows whose difference is more than rounding."""
+    return [row for row in report.rows if row["verdict"] != "none"]
 
 
 def total_change(report: "Report") -> float | None:

@@ -54,7 +54,7 @@ const told = (value, form) => {
   if (form === "count") return minus(value.toLocaleString("en"));
   if (form === "share") return percent(value);
   if (form === "degrees") return degrees(value);
-  if (form === "chance") return value < 1e-4 ? `under ${figures(1e-4)}` : figures(value, 2);
+  if (form === "chance") return value < 1e-4 ? `< ${figures(1e-4)}` : figures(value, 2);
   return figures(value);
 };
 const tell = (row, name) => told(row[name], columnOf.get(name).form);
@@ -63,6 +63,8 @@ const rankOf = (row) => {
   const exact = row.rank_low === row.rank && row.rank_high === row.rank;
   return known(row.rank_low) && !exact ? `${row.rank} (${row.rank_low}–${row.rank_high})` : String(row.rank);
 };
+// Rounding alone is no change.
+const real = (row) => row.verdict !== "none";
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const narrow = () => window.innerWidth < 760;
 const measured = (name) => rows.some((row) => known(row[name]));

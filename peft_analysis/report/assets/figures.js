@@ -1,15 +1,15 @@
 // The figures of the whole update: what changed most, ranks by depth, overlap and intruders.
 const sized = measured("relative_norm") ? "relative_norm" : "norm";
 const MAPPED = [
-  sized, "norm", "relative_spectral", "rank", "effective_rank", "stable_rank", "entropy", "alpha", "intruders_left",
+  sized, "norm", "relative_spectral", "rank", "effective_rank_above", "effective_rank", "stable_rank", "entropy", "alpha", "intruders_left",
   "intruders_right", "overlap_left", "overlap_right", "delta_magnitude", "delta_direction",
 ];
-const RANKED = ["rank", "effective_rank", "stable_rank", "participation_ratio", "energy_rank_90", "energy_rank_99"];
+const RANKED = ["rank", "effective_rank_above", "effective_rank", "stable_rank", "participation_ratio", "energy_rank_90", "energy_rank_99"];
 
 function drawMap() {
   const name = at("map-column").value, { form, title } = columnOf.get(name);
   heat("figure-map", (row) => row[name], form, title);
-  const order = rows.map((_, i) => i).filter((i) => known(rows[i][name])).sort((a, b) => rows[b][name] - rows[a][name]);
+  const order = rows.map((_, i) => i).filter((i) => real(rows[i]) && known(rows[i][name])).sort((a, b) => rows[b][name] - rows[a][name]);
   const shown = order.slice(0, narrow() ? 8 : 12), most = Math.max(...shown.map((i) => rows[i][name]));
   at("ranking-title").textContent = `The largest by ${title}`;
   at("ranking").replaceChildren(
@@ -38,13 +38,14 @@ const depthAxis = () => ({
 });
 // Seven kinds have a colour of their own, the kinds with the largest updates; the others share grey.
 const weight = new Map(kinds.map((kind) => [kind, 0]));
-for (const row of rows) weight.set(row.kind, weight.get(row.kind) + (row.norm ?? 0) ** 2);
-const leading = [...kinds].sort((a, b) => weight.get(b) - weight.get(a)).slice(0, kinds.length > 8 ? 7 : 8);
-const coloured = kinds.filter((kind) => leading.includes(kind));
+for (const row of rows.filter(real)) weight.set(row.kind, weight.get(row.kind) + row.norm ** 2);
+const moved = kinds.filter((kind) => weight.get(kind));
+const leading = [...moved].sort((a, b) => weight.get(b) - weight.get(a)).slice(0, moved.length > 8 ? 7 : 8);
+const coloured = moved.filter((kind) => leading.includes(kind));
 
 function drawRanks() {
   const name = at("rank-column").value, { title } = columnOf.get(name);
-  const shade = shades(), groups = [...coloured, ...(coloured.length < kinds.length ? [null] : [])];
+  const shade = shades(), groups = [...coloured, ...(coloured.length < moved.length ? [null] : [])];
   const spread = Math.min(0.7, 0.1 * groups.length);
   const series = groups.map((kind, number) => ({
     name: kind ?? "other matrices",
@@ -52,7 +53,7 @@ function drawRanks() {
     size: rows.length > 400 ? 2.6 : 4,
     points: rows
       .map((row, i) => [row, i])
-      .filter(([row]) => (kind === null ? !coloured.includes(row.kind) : row.kind === kind) && known(row[name]))
+      .filter(([row]) => real(row) && known(row[name]) && (kind === null ? !coloured.includes(row.kind) : row.kind === kind))
       .map(([row, i]) => ({
         x: placeIndex(row) + (groups.length > 1 ? spread * (number / (groups.length - 1) - 0.5) : 0),
         y: row[name],
@@ -92,7 +93,8 @@ function drawAligned() {
     { name: "input side", colour: shade[1], points: points("right"), hollow: true },
   ];
   const all = series.flatMap((one) => one.points.map((p) => p.y));
-  const y = { log: true, low: Math.min(0.5, ...all), high: Math.max(2, ...all), name: (value) => (value === 1 ? "chance" : `${figures(value)} ×`), label: "overlap, times chance" };
+  const top = [2, 5, 10, 20, 50, 100, 1000].find((value) => value >= Math.max(...all)) ?? Math.max(...all);
+  const y = { log: true, low: Math.min(0.5, ...all), high: top, name: (value) => (value === 1 ? "chance" : `${figures(value)} ×`), label: "overlap, times chance" };
   chart("figure-overlap", { x: depthAxis(), y, series, rules: [{ y: 1, text: "" }], height: 330 });
   if (!measured("intruders_left")) return message("figure-intruders", why);
   const both = (row) => (known(row.intruders_left) ? row.intruders_left + row.intruders_right : null);

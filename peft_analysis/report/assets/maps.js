@@ -3,6 +3,7 @@ const places = [];
 const placeOf = new Map();
 const kinds = [];
 const cells = new Map();
+const placed = new Set(rows.filter((row) => known(row.block)).map((row) => row.kind));
 rows.forEach((row, index) => {
   const key = known(row.block) ? `${row.stack}.${row.block}` : "";
   if (!placeOf.has(key)) {
@@ -14,6 +15,8 @@ rows.forEach((row, index) => {
   if (!cells.has(cell)) cells.set(cell, { key, kind: row.kind, members: [] });
   cells.get(cell).members.push(index);
 });
+// Kinds in the order of their names in the update, what stands in no block last.
+kinds.sort((a, b) => Number(!placed.has(a)) - Number(!placed.has(b)));
 // Blocks in order within their stack, stacks as they come; what stands in no block is last.
 places.sort((a, b) => {
   if (!a.key || !b.key) return Number(!a.key) - Number(!b.key);
@@ -33,7 +36,7 @@ function heat(id, value, form, name) {
   const node = at(id), found = [];
   node.replaceChildren();
   for (const cell of cells.values()) {
-    const numbers = cell.members.map((i) => [value(rows[i]), i]).filter(([number]) => known(number));
+    const numbers = cell.members.map((i) => [real(rows[i]) ? value(rows[i]) : null, i]).filter(([number]) => known(number));
     const [number, row] = numbers.sort((a, b) => b[0] - a[0])[0] ?? [null, cell.members[0]];
     found.push({ ...cell, number, row });
   }
@@ -61,7 +64,8 @@ function heat(id, value, form, name) {
     const rect = draw("rect", { class: known(cell.number) ? "cell" : "cell none", rx: 3, "data-row": cell.row, ...box });
     if (known(cell.number)) rect.style.fill = mixed(share(cell.number));
     const more = cell.members.length > 1 ? `\nthe largest of ${cell.members.length} matrices` : "";
-    const words = `${label(rows[cell.row])}\n${name}: ${told(cell.number, form)}${more}`;
+    const what = real(rows[cell.row]) ? told(cell.number, form) : "nothing but rounding";
+    const words = `${label(rows[cell.row])}\n${name}: ${what}${more}`;
     rect.addEventListener("pointermove", (event) => showTip(event, words));
     rect.addEventListener("pointerleave", hideTip);
     rect.addEventListener("click", () => choose(cell.row));

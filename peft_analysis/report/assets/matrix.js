@@ -10,7 +10,7 @@ function readout(row) {
   const entries = [box(`${row.rows} × ${row.columns}`, "outputs × inputs"), box(row.origin, "made by")];
   entries.push(known(row.relative_norm) ? box(percent(row.relative_norm), "of the base’s norm") : box(figures(row.norm), "norm"));
   entries.push(box(rankOf(row), known(row.rank_low) && row.rank_low !== row.rank_high ? "true rank (interval)" : "true rank"));
-  entries.push(box(figures(row.effective_rank), "effective rank"));
+  entries.push(box(figures(row.effective_rank_above ?? row.effective_rank), known(row.effective_rank_above) ? "effective rank above noise" : "effective rank"));
   if (known(row.intruders_left)) {
     entries.push(box(`${row.intruders_left} + ${row.intruders_right}`, "intruders, outputs + inputs"));
   }
@@ -18,7 +18,7 @@ function readout(row) {
     entries.push(box(`${percent(row.overlap_left)} / ${percent(row.overlap_right)}`, "overlap, outputs / inputs"));
   }
   if (known(row.verdict)) {
-    entries.push(box(row.verdict, known(row.p_value) ? `verdict, p = ${told(row.p_value, "chance")}` : "verdict"));
+    entries.push(box(row.verdict, known(row.p_value) ? `verdict, p ${told(row.p_value, "chance").replace(/^(?!<)/, "= ")}` : "verdict"));
   }
   at("readout").replaceChildren(...entries);
 }
@@ -43,9 +43,15 @@ function drawSpectrum(row) {
   chart("figure-spectrum", { x, y, series, rules, bands, height: 300 });
 }
 
+function why(row) {
+  if (!real(row)) return "Nothing changed here but for rounding.";
+  if (!known(row.left_out) && !row.rank) return "No direction of the update stands above the noise of rounding.";
+  return `Not computed: ${Object.values(row.left_out ?? {}).join("; ") || data.why_no_base}.`;
+}
+
 function drawAngles(row) {
   const { angles } = row.curves ?? {};
-  if (!angles) return message("figure-angles", row.why_no_base || data.why_no_base);
+  if (!angles) return message("figure-angles", why(row));
   const shade = shades();
   const series = [["left", "output side", shade[0]], ["right", "input side", shade[1]]].map(([side, name, hue]) => ({
     name,

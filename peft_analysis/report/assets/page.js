@@ -53,7 +53,7 @@ if (rows.length) {
   for (const name of RANKED.filter(measured)) option(at("rank-column"), name, columnOf.get(name).title);
   for (const name of Object.keys(SETS)) option(at("columns"), name, name);
   rows.forEach((row, i) => option(at("matrix"), String(i), row.parameter));
-  const size = (row) => row[sized] ?? 0;
+  const size = (row) => (real(row) ? (row[sized] ?? 0) : -1);
   chosen = rows.reduce((best, row, i) => (size(row) > size(rows[best]) ? i : best), 0);
   drawTable();
   drawVectors();

@@ -2,12 +2,12 @@
 const LIMIT = 1000;
 const SETS = {
   "the main ones": [
-    sized, "rank", "effective_rank", "stable_rank", "intruders_left", "intruders_right", "overlap_left", "overlap_right",
+    sized, "rank", "effective_rank_above", "intruders_left", "intruders_right", "overlap_left", "overlap_right",
     "verdict", "p_value",
   ],
   size: ["rows", "columns", "origin", "norm", "relative_norm", "spectral", "relative_spectral", "nuclear"],
   rank: [
-    "rank", "rank_low", "rank_high", "noise_edge", "effective_rank", "stable_rank", "participation_ratio", "energy_rank_90",
+    "rank", "rank_low", "rank_high", "noise_edge", "effective_rank_above", "effective_rank", "stable_rank", "participation_ratio", "energy_rank_90",
     "energy_rank_99", "entropy", "alpha", "alpha_ks", "mp_spikes",
   ],
   "beside the base": columns.filter((column) => ["base", "direction"].includes(column.group)).map((column) => column.name),
