@@ -84,8 +84,8 @@ def direction_change(
         >>> import torch
         >>> W = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
         >>> change = direction_change(W, torch.tensor([[3.0, 4.0], [-1.0, 1.0]]))
-        >>> change.lengths, change.turns
-        (tensor([5., 0.]), tensor([0., 1.]))
+        >>> change.magnitude, change.direction  # one row doubles, the other turns by 90°
+        (2.5, 0.5)
     """
     if along not in ("output", "input"):
         raise UpdateError(f"along is {along!r}; it is 'output' or 'input'")

@@ -165,7 +165,8 @@ def intruders(
         >>> found.count, found.indices
         (1, tensor([0]))
     """
-    base_matrix, update_matrix = checked(base_matrix, update_matrix, epsilon, k, side)
+    check_settings(epsilon, k, side)
+    base_matrix, update_matrix = fitting(base_matrix, update_matrix)
     base = decomposed(base_matrix, base_svd, cache)
     found = top_triplets(base, update_matrix, min(k, base.S.numel()), thresholds=(epsilon,) if early else ())
     sides = {name: judged(base, found, epsilon, name) for name in SIDES if side in (None, name)}
@@ -222,20 +223,18 @@ def _range(base: BaseSVD, vectors: Tensor, complete: int) -> tuple[Tensor, Tenso
     return (mass / sizes.sqrt()[:, None]).amax(0), mass.amax(0)
 
 
-def checked(
-    base: Tensor,
-    update: Tensor | LowRank,
-    epsilon: float = 0.5,
-    k: int = 1,
-    side: Side | None = None,
-) -> tuple[Tensor, Tensor | LowRank]:
-    """Both as matrices, after a look at every argument."""
+def check_settings(epsilon: float, k: int, side: Side | None) -> None:
+    """Refuse a threshold, a number of vectors or a side that there is not."""
     if not 0 < epsilon <= 1:
         raise UpdateError(f"epsilon is {epsilon}; it is a cosine above 0 and at most 1")
     if k < 1:
         raise UpdateError(f"k is {k}; at least one singular vector is to be examined")
     if side not in (None, "left", "right"):
         raise UpdateError(f"side is {side!r}; it is 'left', 'right' or None for both")
+
+
+def fitting(base: Tensor, update: Tensor | LowRank) -> tuple[Tensor, Tensor | LowRank]:
+    """A base and its update as matrices that fit. The base's values are for its decomposition to look at."""
     base = base.flatten(1) if base.ndim > 2 else base
     if isinstance(update, Tensor):
         update = update.flatten(1) if update.ndim > 2 else update

@@ -11,7 +11,7 @@ from torch import Tensor
 from manifolds import LowRank
 from peft_analysis.base_svd import BaseSVD, SVDCache
 from peft_analysis.errors import UpdateError
-from peft_analysis.intruders import checked, decomposed, judged
+from peft_analysis.intruders import check_settings, decomposed, fitting, judged
 from peft_analysis.rotated import top_triplets
 from peft_analysis.subspaces import Side
 from peft_analysis.updates import WeightUpdate
@@ -48,8 +48,7 @@ def mitigate(
         raise UpdateError(f"factor is {factor}; it is a finite number, 1 to change nothing, 0 to remove")
     if update.base is None:
         raise UpdateError("intruders are measured against the base; give it: read_update(base, tuned)")
-    if side not in ("left", "right"):
-        raise UpdateError(f"side is {side!r}; it is 'left' or 'right'")
+    check_settings(epsilon, k, side)
     settings: dict[str, Any] = {"epsilon": epsilon, "k": k, "side": side}
     entries = dict(update.entries)
     for name in update.matrices():
@@ -74,7 +73,8 @@ def intruder_part(
 
     Arguments and errors are those of `intruders`.
     """
-    base_matrix, update_matrix = checked(base_matrix, update_matrix, epsilon, k, side)
+    check_settings(epsilon, k, side)
+    base_matrix, update_matrix = fitting(base_matrix, update_matrix)
     base = decomposed(base_matrix, base_svd, cache)
     found = top_triplets(base, update_matrix, min(k, base.S.numel()))
     chosen = judged(base, found, epsilon, side).indices

@@ -11,7 +11,7 @@ from torch import Tensor
 from manifolds import LowRank
 from peft_analysis.base_svd import BaseSVD, SVDCache, rounding
 from peft_analysis.errors import UpdateError
-from peft_analysis.intruders import checked, decomposed
+from peft_analysis.intruders import decomposed, fitting
 from peft_analysis.rotated import rotated_matrix
 
 
@@ -91,7 +91,7 @@ def effective_rank_slope(
     Raises:
         UpdateError: as for `rank_path`.
     """
-    base_matrix, update_matrix = checked(base_matrix, update_matrix)
+    base_matrix, update_matrix = fitting(base_matrix, update_matrix)
     base = decomposed(base_matrix, base_svd, cache)
     U, V, values = base.U, base.V, base.S.double()
     if isinstance(update_matrix, LowRank):
@@ -113,7 +113,7 @@ def _rotated(
     base_matrix: Tensor, update_matrix: Tensor | LowRank, base_svd: BaseSVD | None, cache: SVDCache | None
 ) -> tuple[BaseSVD, Tensor]:
     """The base's decomposition with as many rows as columns or more, and the update in its basis (q, p)."""
-    base_matrix, update_matrix = checked(base_matrix, update_matrix)
+    base_matrix, update_matrix = fitting(base_matrix, update_matrix)
     base = decomposed(base_matrix, base_svd, cache)
     if base.shape[0] < base.shape[1]:
         base, update_matrix = BaseSVD(base.V, base.S, base.U, base.key), update_matrix.mT
@@ -126,11 +126,12 @@ def _step(start: Tensor, change: Tensor, t: float, zero: float) -> tuple[Tensor,
     """The effective rank of start + t change (q, p), and its derivative."""
     left, values, right = torch.linalg.svd(start + t * change, full_matrices=False)
     turned = change @ right.mT
-    null = values <= zero * values[:1]
+    size = change.norm()
+    null = values <= zero * torch.maximum(start[0, 0], abs(t) * size)
     fills = False
     if bool(null.any()):
         outside = turned[:, null] - left[:, ~null] @ (left[:, ~null].mT @ turned[:, null])
-        fills = float(outside.norm()) > zero * float(change.norm())
+        fills = float(outside.norm()) > zero * float(size)
     return _slope(values, (left * turned).sum(0), null, fills)
 
 
