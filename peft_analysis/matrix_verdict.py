@@ -1,0 +1,325 @@
+"""Low rank or full rank: what one matrix of an update is, with the odds that it is the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from manifolds import LowRank
+from peft_analysis.errors import UpdateError
+from peft_analysis.noise import NoiseEdge, RankEstimate, judge, noise_edge, true_rank
+from peft_analysis.remainder import MOST, Remainder, continued, grid, remainder, spacing
+from peft_analysis.updates import WeightUpdate
+
+Statement = Literal["low rank", "full rank", "none", "unknown"]
+MODEL_ERROR = 0.01
+"""An excess of this share of one rounding's energy is not told from none: rounding is uniform to about that."""
+SLACK = 0.33
+"""The same of a simulated rounding, in units of the energy of one value at the edge."""
+HIDES = 0.5
+"""A spectrum that goes on leaves at least this share of its power law's energy."""
+NEARLY, MANY = 0.06, 0.25
+"""Directions that the remainder needs, over those seen: fewer are no tail, more are one; between, both may be."""
+DEAD = 0.4
+"""Where fewer entries moved on a common grid, an excess may be the rounding's own."""
+MERGED, ROOM = 1.5, 0.05
+"""More roundings than one, and the share of directions that may hide beside them."""
+SPARSE = 0.95
+"""Where fewer entries moved on a common grid, rounding is simulated rather than taken as uniform."""
+SHOWN = 256
+"""At most so many leading singular values are kept."""
+
+
+@dataclass(frozen=True)
+class MatrixVerdict:
+    """What one matrix's difference is.
+
+    Attributes:
+        parameter: its name.
+        statement: "low rank", "full rank", "none" (nothing, or rounding alone) or "unknown".
+        p_low_rank: the probability of as large a remainder if the difference were of the rank found, with
+            rounding and nothing else (the quantisation-aware null). 0 or 1 where nothing was rounded.
+        p_full_rank: the probability of as small a remainder if the spectrum went on under the noise, with at
+            least half of the energy of its own power law.
+        rank: the singular values above the noise. rank_low: of the interval. rank_high: of the interval.
+        shape: of the matrix (out, in).
+        roundings: by how many roundings of the weights the remainder is explained; NaN if that is not known.
+        roundings_error: its standard error.
+        excess: the remainder's energy that rounding does not explain, in units of that of one rounding.
+        moved: the share of entries that changed.
+        exact: whether nothing was rounded, so that the rank is no estimate.
+        same_grid: whether the base lies on the grid that the tuned weights were rounded to.
+        singular_values: the leading ones.
+        reason: why, in words.
+    """
+
+    parameter: str
+    statement: Statement
+    p_low_rank: float
+    p_full_rank: float
+    rank: int
+    rank_low: int
+    rank_high: int
+    shape: tuple[int, int]
+    roundings: float
+    roundings_error: float
+    excess: float
+    moved: float
+    exact: bool
+    same_grid: bool
+    singular_values: tuple[float, ...]
+    reason: str
+
+    @property
+    def p_value(self) -> float:
+        """The p-value of what the statement denies: of full rank where it says low rank, else of low rank.
+
+        For "unknown" the smaller of both, which was not small enough.
+        """
+        if self.statement == "unknown":
+            return min(self.p_low_rank, self.p_full_rank)
+        return self.p_full_rank if self.statement == "low rank" else self.p_low_rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with None for what is not known."""
+        found = {**asdict(self), "p_value": self.p_value}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in found.items()
+        }
+
+
+def judge_matrix(
+    update: WeightUpdate, name: str, *, level: float = 0.01, generator: torch.Generator | None = None
+) -> MatrixVerdict:
+    """Whether one matrix's difference is low rank, full rank, nothing, or hidden by rounding.
+
+    Args:
+        update: whose matrix.
+        name: of the parameter.
+        level: of the tests.
+        generator: of the noise that is simulated; a new one of seed 0 if not given.
+
+    Raises:
+        UpdateError: the difference is no matrix, or has values that are not finite.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    value, entry = update.matrix(name), update.entries[name]
+    if isinstance(value, LowRank) or entry.rounded is None:
+        return _exact(name, value)
+    if not bool(torch.isfinite(value).all()):
+        raise UpdateError(f"{name}: the difference has values that are not finite; no rank is defined")
+    base = _base(update, name, value)
+    rounded, stored = entry.rounded, entry.base_rounded
+    if base is not None:
+        rounded = grid(value + base.to(value.dtype), rounded)
+        stored = grid(base.float(), stored or base.dtype)
+        if bool((value == 0).all()) or _only_rounded(value, base, rounded):
+            return _nothing(name, value, rounded, same_grid=stored == rounded)
+    elif bool((value == 0).all()):
+        return _nothing(name, value, rounded, same_grid=True)
+    same_grid = base is not None and (stored == rounded or torch.equal(base.to(rounded).to(base), base))
+    if base is None:
+        edge = noise_edge(value, rounded=rounded, base_rounded=stored, generator=generator)
+        return _without_base(name, value, edge, level)
+    facts = {"rounded": rounded, "same_grid": same_grid, "generator": generator}
+    edge = noise_edge(value, base=base, rounded=rounded, base_rounded=stored, generator=generator)
+    half = min(value.shape) // 2
+    left = remainder(value, base, min(edge.count, half), **facts)
+    if edge.hidden > 3 * edge.hidden_error + 1 or edge.count > half:
+        again = noise_edge(value, generator=generator)
+        if again.count < min(edge.count, half):
+            several = remainder(value, base, again.count, **facts)
+            if _several(several, value):
+                edge, left = again, several
+    error = MODEL_ERROR
+    if same_grid and left.moved < SPARSE and edge.method == "simulated rounding" and edge.count <= half:
+        left, unit = simulated(left, edge, value)
+        error += 2 * SLACK * unit
+    return _decided(name, value, judge(edge, min(value.shape)), left, error, same_grid=same_grid, level=level)
+
+
+def _several(left: Remainder, value: Tensor) -> bool:
+    """Whether more than one rounding explains the remainder, but for what a few directions may hold."""
+    return MERGED < left.roundings <= MOST and left.hidden_rank < ROOM * min(value.shape)
+
+
+def simulated(left: Remainder, edge: NoiseEdge, value: Tensor) -> tuple[Remainder, float]:
+    """The remainder with its excess from the simulated rounding of a fitted update; and edge² in its units.
+
+    Where most entries do not move, the error of rounding is a function of the update, not noise on a grid.
+    """
+    unit = edge.edge**2 / (value.numel() * left.noise**2)
+    hidden, error = edge.hidden * unit, edge.hidden_error * unit
+    return replace(left, excess=hidden, excess_error=error, hidden_rank=max(edge.hidden, 0.0)), unit
+
+
+def _decided(
+    name: str,
+    value: Float[Tensor, "m n"],
+    found: RankEstimate,
+    left: Remainder,
+    error: float,
+    *,
+    same_grid: bool,
+    level: float,
+) -> MatrixVerdict:
+    """From the rank and the remainder, whose model is good to `error`, to a statement."""
+    size = min(value.shape)
+    spread = math.hypot(left.excess_error, error / 2)
+    p_low = _above(left.excess / spread) if math.isfinite(left.excess) else math.nan
+    p_full = math.nan
+    if found.rank and math.isfinite(left.excess):
+        p_full = _above((HIDES * left.tail - left.excess) / spread)
+    kept = min(found.rank, size // 2)
+    settled = left.moved >= DEAD or not same_grid
+    statement: Statement = "unknown"
+    if found.rank > size // 2 and left.roundings + left.excess > 1 + level:
+        p_low = _above((left.roundings + left.excess - 1) / math.hypot(spread, left.roundings_error))
+    if not math.isfinite(left.excess):
+        reason = (
+            f"{left.moved:.0%} of the entries moved by a step of the grid: too few to tell an update's rank"
+        )
+    elif left.roundings > MOST or (p_low < level and kept + left.hidden_rank >= size / 2):
+        statement, p_low = "full rank", min(p_low, _above(left.roundings / left.roundings_error))
+        reason = (
+            f"after {kept} directions the remainder has {left.roundings + left.excess:.3g} times the energy "
+            "of one rounding"
+        )
+    elif found.rank > size // 2:
+        statement = "full rank"
+        reason = f"{found.rank} of {size} singular values stand above the noise"
+    elif found.rank == 0:
+        if p_low >= level and not same_grid and left.roundings < 1.5:
+            statement, reason = "none", "no more than one rounding of the base"
+        else:
+            reason = (
+                "it changed, but no direction stands out of the noise, and the noise has room for a low rank"
+            )
+    elif p_full < level and (p_low >= level or (settled and left.hidden_rank < NEARLY * found.rank)):
+        statement = "low rank"
+        reason = (
+            f"{found.rank} singular values above the noise; a spectrum that went on would leave "
+            f"{left.tail:.2g} of a rounding's energy, {max(left.excess, 0.0):.2g} are there"
+        )
+    elif p_low < level and settled and left.hidden_rank >= MANY * found.rank:
+        statement = "full rank"
+        reason = f"the spectrum goes on below the noise: {left.excess:.2g} of a rounding's energy is left"
+    else:
+        reason = (
+            f"{found.rank} singular values above the noise, which hides whether the spectrum ends there "
+            f"({left.excess:.2g} ± {spread:.1g} of a rounding's energy is left, {left.tail:.2g} if it goes on)"
+        )
+    if found.reason and statement == "unknown":
+        reason = f"{reason}; {found.reason}"
+    return MatrixVerdict(
+        name,
+        statement,
+        p_low,
+        p_full,
+        found.rank,
+        found.low,
+        size if statement == "full rank" else found.high,
+        (value.shape[0], value.shape[1]),
+        left.roundings,
+        left.roundings_error,
+        left.excess,
+        left.moved,
+        False,
+        same_grid,
+        left.singular_values[:SHOWN],
+        reason,
+    )
+
+
+def _exact(name: str, value: LowRank | Tensor) -> MatrixVerdict:
+    """Factors, or a difference that was never rounded: the rank is a fact."""
+    found = true_rank(value)
+    m, n = int(value.shape[-2]), int(value.shape[-1])
+    factors = isinstance(value, LowRank)
+    full = found.rank > (min(m, n) - 1 if factors else min(m, n) // 2)
+    statement: Statement = "none" if found.rank == 0 else "full rank" if full else "low rank"
+    values = value.singular_values() if isinstance(value, LowRank) else torch.linalg.svdvals(value)
+    reason = "from its factors" if factors else "from values that were not rounded"
+    return MatrixVerdict(
+        name,
+        statement,
+        float(not full),
+        float(full),
+        found.rank,
+        found.low,
+        found.high,
+        (m, n),
+        0.0,
+        0.0,
+        0.0,
+        1.0 if found.rank else 0.0,
+        True,
+        False,
+        tuple(values[: min(found.rank, SHOWN)].tolist()),
+        f"rank {found.rank}, {reason}",
+    )
+
+
+def _nothing(name: str, value: Tensor, rounded: torch.dtype, *, same_grid: bool) -> MatrixVerdict:
+    moved = float((value != 0).double().mean())
+    reason = (
+        f"every value is the base's, rounded to {str(rounded).removeprefix('torch.')}"
+        if moved
+        else "no value differs"
+    )
+    return MatrixVerdict(
+        name, "none", 1.0, math.nan, 0, 0, 0, (value.shape[0], value.shape[1]), float(moved > 0), 0.0, 0.0,
+        moved, True, same_grid, (), reason,
+    )  # fmt: skip
+
+
+def _without_base(name: str, value: Float[Tensor, "m n"], edge: NoiseEdge, level: float) -> MatrixVerdict:
+    """Without the base the size of rounding is not known: the spectrum's own fall is all there is.
+
+    The first value in the noise is compared with where the power law of the leading ones puts it; the spread
+    is that of the leading values about their law, at least a tenth.
+    """
+    found, values = judge(edge, min(value.shape)), edge.values
+    size, r = len(values), found.rank
+    p_low = p_full = math.nan
+    statement: Statement = "unknown"
+    reason = "without the base's weights the size of its rounding is not known"
+    if r > size // 2:
+        statement, p_low = "full rank", 0.0
+        reason = f"{r} of {size} singular values stand above the noise's own spectrum"
+    elif r:
+        share = math.sqrt(continued(values[:r], r + 1)) / float(values[r])
+        p_full = _above(math.log(max(share, 1e-300)) / 0.1)
+        if p_full < level:
+            statement = "low rank"
+            reason = f"{r} singular values, then a fall to the noise that their own law does not have"
+    return MatrixVerdict(
+        name, statement, p_low, p_full, r, found.low, found.high, (value.shape[0], value.shape[1]), math.nan,
+        math.inf, math.nan, float((value != 0).double().mean()), False, False,
+        tuple(values[: min(r, SHOWN)].tolist()), reason,
+    )  # fmt: skip
+
+
+def _base(update: WeightUpdate, name: str, value: Tensor) -> Tensor | None:
+    """The base's matrix in the rows that both have, or None."""
+    if update.base is None or name not in update.base:
+        return None
+    base = update.base_matrix(name)[: len(value)].to(value.device)
+    return base.float() if base.shape == value.shape else None
+
+
+def _only_rounded(value: Tensor, base: Tensor, rounded: torch.dtype) -> bool:
+    """Whether the tuned values are the base's to the bit, rounded to their dtype."""
+    off = (base.to(rounded).double() - base.double() - value.double()).abs()
+    return bool((off <= spacing(base, torch.float32)).all())
+
+
+def _above(z: float) -> float:
+    """The probability that a standard normal number is larger."""
+    return 0.5 * math.erfc(z / math.sqrt(2))
