@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_global_chance_alone(archit
 
 
 def test_training_learns():
-    recipe = tiny("gpt2", steps=150, learning_rate=5e-3, warmup=5)
+    recipe = tiny("gpt2", steps=50, learning_rate=5e-3, warmup=5)
     tokenizer = build_tokenizer(world(), "gpt2")
     sentences = [Sampler(world(), recipe, random.Random(9)).sentence() for _ in range(64)]
     batch = make_batch(sentences, tokenizer, recipe, random.Random(0))
