@@ -31,7 +31,7 @@ def check_vocabularies(base: str, tuned: str, rows: int) -> None:
         number = other[0]
         raise UpdateError(
             f"{tuned} and {base} have other vocabularies: {len(other)} of {len(common)} tokens differ, "
-            f"the first is {number}: {theirs[number]!r}, in the base {ours[number]!r}. Rows of their embeddings "
+            f"the first is {number}: {theirs[number]!r}, in the base {ours[number]!r}. Rows of embeddings "
             "cannot be compared; leave them out with without="
         )
 
