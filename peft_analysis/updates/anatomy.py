@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_analysis.updates.entry import Layout
 
+UNSAVED = "a buffer that the model makes itself and does not save"
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
@@ -20,7 +21,8 @@ class Anatomy:
         buffers: those that are floating-point and saved with the model.
         layouts: "in_out" for GPT-2's Conv1D and transposed convolutions, "other" for embeddings.
         tied: for each further name of a parameter, its first name.
-        embeddings: names of parameters with a row for each token or position.
+        embeddings: names of parameters with a row for each token, position or class of tokens.
+        tokens: those with a row for each token: the input embedding and the head.
         skipped: buffers that are no weights, each with the reason.
         ignored: regular expressions of names that older checkpoints hold and the model does not read.
     """
@@ -30,6 +32,7 @@ class Anatomy:
     layouts: dict[str, Layout] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
+    tokens: frozenset[str] = frozenset()
     skipped: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
@@ -41,7 +44,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     every = list(model.named_parameters(remove_duplicate=False))
     tied = {name: first[id(value)] for name, value in every if first[id(value)] != name}
     buffers, skipped = _buffers(model)
-    rows = {id(value) for value in _token_rows(model)}
+    tokens = {id(value) for value in _token_rows(model)}
+    rows = set(tokens)
     layouts: dict[str, Layout] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -58,6 +62,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         layouts,
         tied,
         embeddings=frozenset(name for name, value in parameters.items() if id(value) in rows),
+        tokens=frozenset(name for name, value in parameters.items() if id(value) in tokens),
         skipped=skipped,
         ignored=tuple(map(str, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())),
     )
@@ -74,7 +79,7 @@ def _buffers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     saved = model.state_dict(keep_vars=True)
     for name, value in model.named_buffers():
         if name not in saved:
-            skipped[name] = "a buffer that the model makes itself and does not save"
+            skipped[name] = UNSAVED
         elif value.is_floating_point():
             kept[name] = value
         else:

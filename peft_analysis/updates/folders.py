@@ -68,6 +68,7 @@ def weights_of(stored: TensorFile, model: nn.Module | None = None) -> Weights:
         source=str(stored.path),
         tied=tied,
         embeddings=parts.embeddings.intersection(kept),
+        tokens=parts.tokens.intersection(kept),
         skipped={**parts.skipped, **skipped},
         ignored=parts.ignored,
         model=model,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_analysis.errors import UpdateError
-from peft_analysis.updates.anatomy import quantised_dtype
+from peft_analysis.updates.anatomy import UNSAVED, quantised_dtype
 from peft_analysis.updates.entry import Entry
 from peft_analysis.updates.names import Chosen, listed, prefix_between
 from peft_analysis.updates.vocabularies import check_vocabularies
@@ -84,6 +84,7 @@ def matched(base: Weights, tuned: Weights, chosen: Chosen) -> tuple[dict[str, st
     left_over: dict[str, list[str]] = {base.source: [], f"{tuned.source} (tuned)": []}
     of_base, of_tuned = left_over.values()
     passed = {to_base(name): reason for name, reason in tuned.skipped.items()}
+    skipped.update((name, reason) for name, reason in {**passed, **base.skipped}.items() if reason != UNSAVED)
     for name in chosen.of(base):
         if name in theirs or name in also:
             names[name] = theirs[name] if name in theirs else also[name]
@@ -142,7 +143,7 @@ def _check_tokens(base: Weights, tuned: Weights, names: Mapping[str, str]) -> No
     rows = [
         min(base.shape(name)[0], tuned.shape(theirs)[0])
         for name, theirs in names.items()
-        if name in base.embeddings or (not base.embeddings and ROWS.search(name))
+        if name in base.tokens
     ]
     if rows:
         check_vocabularies(base.source, tuned.source, max(rows))
@@ -171,7 +172,7 @@ def _difference(name: str, base: Callable[[], Tensor], tuned: Callable[[], Tenso
     else:
         found = torch.zeros(before.shape, dtype=wide, device=before.device)
         rows = min(before.shape[0], after.shape[0])
-        found[:rows] = after[:rows].to(wide).sub_(before[:rows].to(wide))
+        found[:rows] = after[:rows].to(wide) - before[:rows].to(wide)
     if not torch.isfinite(found.sum()) and not torch.isfinite(found).all():
         found = _without_equal_infinities(name, found, before, after)
     return found

@@ -28,6 +28,7 @@ class Weights(Mapping[str, Tensor]):
         source: where they come from, in words, for messages.
         tied: for each other name of a tied parameter, the name under which it is listed.
         embeddings: names of parameters with a row for each token or position, where a model told.
+        tokens: those of them with a row for each token.
         skipped: names that were found or may be, and are no weights, each with the reason.
         ignored: regular expressions of names that the model does not read from a checkpoint.
         model: the module whose names these are, live or on the meta device; None where no config tells it.
@@ -43,6 +44,7 @@ class Weights(Mapping[str, Tensor]):
         source: str = "weights",
         tied: Mapping[str, str] | None = None,
         embeddings: frozenset[str] = frozenset(),
+        tokens: frozenset[str] = frozenset(),
         skipped: Mapping[str, str] | None = None,
         ignored: Sequence[str] = (),
         model: nn.Module | None = None,
@@ -54,6 +56,7 @@ class Weights(Mapping[str, Tensor]):
         self.source = source
         self.tied = dict(tied or {})
         self.embeddings = embeddings
+        self.tokens = tokens
         self.skipped = dict(skipped or {})
         self.ignored = tuple(ignored)
         self.model = model
@@ -103,6 +106,7 @@ class Weights(Mapping[str, Tensor]):
             source=type(model).__name__,
             tied=parts.tied,
             embeddings=parts.embeddings,
+            tokens=parts.tokens,
             skipped=parts.skipped,
             ignored=parts.ignored,
             model=model,
@@ -172,6 +176,7 @@ class Weights(Mapping[str, Tensor]):
             source=self.source,
             tied={new(other): new(name) for other, name in self.tied.items()},
             embeddings=frozenset(new(name) for name in self.embeddings),
+            tokens=frozenset(new(name) for name in self.tokens),
             skipped={new(name): reason for name, reason in self.skipped.items()},
             ignored=self.ignored,
         )
@@ -202,6 +207,7 @@ class Weights(Mapping[str, Tensor]):
             source=f"{self.source} + {update.source}",
             tied=tied,
             embeddings=self.embeddings,
+            tokens=self.tokens,
             skipped=self.skipped,
             ignored=self.ignored,
             model=self.model,
@@ -226,6 +232,7 @@ class Weights(Mapping[str, Tensor]):
             source=source,
             tied=merged("tied"),
             embeddings=frozenset().union(*(weights.embeddings for weights in named)),
+            tokens=frozenset().union(*(weights.tokens for weights in named)),
             skipped=merged("skipped"),
             ignored=[pattern for weights in named for pattern in weights.ignored],
         )
