@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from peft_analysis.spectrum import check_matrix, gram, singular_values
 MARGIN = 0.04  # how far above the simulated edge a singular value must be
 CLEAR = 0.1  # and how far to be counted for certain
 GAP = 2.0  # a last value so many times above the edge ends a spectrum, rather than fading into the noise
+EXPLAINED = 0.25  # an error of reading, over the edge, that leaves a fit of that rank nothing to explain
 DRAWS = 2
 
 
@@ -110,7 +111,7 @@ def noise_edge(
         difference: (m, n): tuned − base.
         base: the base's matrix.
         tuned: the tuned matrix; base + difference if not given.
-        rounded: the dtype that the tuned values were stored in; the coarsest that holds them if not given.
+        rounded: the dtype that the tuned values were stored in; a coarser one that holds them all is found.
         base_rounded: the dtype that the base's values were stored in, likewise.
         generator: for signs and starts; a generator of seed 0 if not given.
 
@@ -123,17 +124,14 @@ def noise_edge(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     if base is None and tuned is not None:
         base = tuned.double() - difference.double()
-    work = torch.float64 if max(shape) <= 2048 else torch.float32
-    wanted = difference.detach().to(work)
+    model = _model(difference.detach(), base, tuned, rounded, base_rounded) if base is not None else None
+    wanted = difference.detach().to(model[1].base.dtype if model is not None else torch.float64)
     parts = _Parts(wanted, generator)
     floor = float(parts.values[0]) * max(shape) * torch.finfo(torch.float32).eps if parts.count else 0.0
     unmoved = float((wanted == 0).double().mean()) if wanted.numel() else 1.0
     if not parts.count or float(parts.values[0]) == 0:
         return NoiseEdge(0.0, (0.0, 0.0), 0, "exact", 0.0, math.nan, 0.0, 0.0, unmoved, parts.values)
-    if base is not None:
-        null: _Null = _RoundingNull(parts, *_model(wanted, base, tuned, rounded, base_rounded))
-    else:
-        null = _SignNull(parts)
+    null: _Null = _RoundingNull(parts, *model) if model is not None else _SignNull(parts)
     count = _search(parts, null)
     found = null(count)
     method = null.method
@@ -204,10 +202,13 @@ def judge(edge: NoiseEdge, full: int) -> RankEstimate:
     many = f"{edge.unmoved:.0%} of the entries did not move" if edge.unmoved > 0.5 else ""
     if rank == full:
         why, high = "every singular value is above the noise", full
-    elif edge.hidden > 3 * edge.hidden_error + 1:
+    elif edge.hidden > 2.5 * edge.hidden_error + 0.25:
         why, high = f"below the edge lies {edge.hidden:.1f} edge² more than rounding explains", full
     elif rank == 0:
-        why, high = "no component stands above the rounding noise", full
+        why = "no component stands above the rounding noise"
+        if math.isnan(edge.hidden):
+            why = "the entries look independent: noise or a full-rank update; the base would tell them apart"
+        high = full
     elif clear:
         why, high = "the last component is clear of the noise, and rounding explains the rest", rank
     elif math.isnan(edge.hidden):
@@ -224,9 +225,9 @@ def _faded(edge: NoiseEdge) -> int:
     values = edge.values[: edge.count]
     ratio = float(values[-1] / values[0]) ** (1 / (edge.count - 1)) if edge.count > 1 else 0.5
     ratio = min(max(ratio, 0.1), 0.99)
-    budget = (max(edge.hidden, 0.0) + 3 * edge.hidden_error + 1) * edge.edge**2
+    budget = (max(edge.hidden, 0.0) + 2.5 * edge.hidden_error + 0.25) * edge.edge**2
     found, value = 0, float(values[-1]) * ratio
-    while value > 0.1 * edge.edge and budget > 0:
+    while value > 0.03 * edge.edge and budget > 0:
         budget -= value**2
         found, value = found + 1, value * ratio
     return max(found, 1)
@@ -239,14 +240,19 @@ class _Expected:
     edge: float
     hidden: float
     hidden_error: float
+    unexplained: float = math.inf
 
 
+@runtime_checkable
 class _Null(Protocol):
     """What a kind of noise expects of a hypothesis."""
 
     method: str
 
     def __call__(self, rank: int) -> _Expected: ...
+
+    def first_edge(self) -> float:
+        """An edge to start from."""
 
 
 class _Parts:
@@ -286,9 +292,9 @@ class _RoundingNull:
 
     method = "simulated rounding"
 
-    def __init__(self, parts: _Parts, target: Tensor, rounding: Rounding) -> None:
-        self.parts, self.target, self.rounding = parts, target, rounding
-        self.sign = 1.0 if target is parts.matrix else -1.0
+    def __init__(self, parts: _Parts, sign: float, rounding: Rounding) -> None:
+        self.parts, self.sign, self.rounding = parts, sign, rounding
+        self.target = sign * parts.matrix
         self.known: dict[int, _Expected] = {}
 
     def __call__(self, rank: int) -> _Expected:
@@ -299,6 +305,10 @@ class _RoundingNull:
     def _simulate(self, rank: int) -> _Expected:
         left, values, right = self.parts.leading(rank)
         left, values, right = self.rounding.fit(self.target, self.sign * left, values, right)
+        unexplained = math.inf
+        if self.rounding.aligned and rank:
+            rest = self.target - self.rounding.read((left * values) @ right.mT)
+            unexplained = self._largest(rest, left[:, :0], right[:, :0])
         edges, energies, spread = [], [], 0.0
         for _ in range(DRAWS):
             signed = values * self.parts.signs(rank)
@@ -310,14 +320,22 @@ class _RoundingNull:
             outer = torch.linalg.qr(read @ inner)[0]
             rest = read - outer @ (outer.mT @ read)
             rest = rest - (rest @ inner) @ inner.mT
-            edges.append(largest_singular_value(rest, outer, inner, generator=self.parts.generator))
+            edges.append(self._largest(rest, outer, inner))
             squares = rest.square()
             energies.append(float(squares.sum(dtype=torch.float64)))
             spread = float(squares.square().sum(dtype=torch.float64)) ** 0.5
         edge, energy = max(edges), sum(energies) / DRAWS
         left_over = float(self.parts.values[rank:].double().square().sum())
         unit = edge**2 if edge > 0 else math.inf
-        return _Expected(edge, (left_over - energy) / unit, spread / unit)
+        return _Expected(edge, (left_over - energy) / unit, spread / unit, unexplained)
+
+    def first_edge(self) -> float:
+        """That of evenly spread errors; where entries do not move, the noise is less."""
+        rest = self.rounding.dithered(self.parts.generator)
+        return self._largest(rest, rest[:, :0], rest.mT[:, :0])
+
+    def _largest(self, rest: Tensor, left: Tensor, right: Tensor) -> float:
+        return largest_singular_value(rest, left, right, generator=self.parts.generator)
 
 
 class _SignNull:
@@ -333,6 +351,10 @@ class _SignNull:
         if rank not in self.known:
             self.known[rank] = _Expected(self._edge(rank), math.nan, math.nan)
         return self.known[rank]
+
+    def first_edge(self) -> float:
+        """That of the whole difference, which is too high."""
+        return self(0).edge
 
     def _edge(self, rank: int) -> float:
         left, values, right = self.parts.leading(rank)
@@ -352,22 +374,33 @@ class _SignNull:
 
 
 def _search(parts: _Parts, null: _Null) -> int:
-    """The smallest rank whose next singular value is not above the edge that it expects."""
+    """The smallest rank that is enough: from a guess up by doubled steps, or down, then by halving."""
 
     def enough(rank: int) -> bool:
-        return rank >= parts.count or float(parts.values[rank]) <= null(rank).edge * (1 + MARGIN)
+        if rank >= parts.count:
+            return True
+        expected = null(rank)
+        if expected.edge == 0:
+            return float(parts.values[rank]) == 0
+        ratio, reads = float(parts.values[rank]) / expected.edge, expected.unexplained / expected.edge
+        return ratio <= 1 + MARGIN or (ratio <= 1 + CLEAR and reads <= 1) or reads <= EXPLAINED
 
-    if enough(0):
-        return 0
-    short, fine = 0, parts.count
-    above = int((parts.values > null(0).edge * (1 + MARGIN)).sum())
-    for guess in (above, above - 1) if above < parts.count // 2 else ():
-        if short < guess < fine:
-            short, fine = (short, guess) if enough(guess) else (guess, fine)
+    guess = int((parts.values > null.first_edge() * (1 + MARGIN)).sum())
+    step, short, fine = 1, -1, parts.count
+    if enough(guess):
+        fine = guess
+        while fine > 0 and short < 0:
+            lower = max(fine - step, 0)
+            short, fine = (short, lower) if enough(lower) else (lower, fine)
+            step *= 2
+    else:
+        short = guess
+        while short + step < parts.count and not enough(short + step):
+            short, step = short + step, 2 * step
+        fine = min(short + step, parts.count)
     while fine - short > 1:
-        doubled = max(2 * short, 1)
-        guess = doubled if fine == parts.count and doubled < fine else (short + fine) // 2
-        short, fine = (short, guess) if enough(guess) else (guess, fine)
+        middle = (short + fine) // 2
+        short, fine = (short, middle) if enough(middle) else (middle, fine)
     return fine
 
 
@@ -377,18 +410,23 @@ def _model(
     tuned: Tensor | None,
     rounded: torch.dtype | None,
     base_rounded: torch.dtype | None,
-) -> tuple[Tensor, Rounding]:
-    """What was rounded: the tuned values after the update, or the base's, if they are the coarser."""
+) -> tuple[float, Rounding]:
+    """What was rounded, and the sign of the update: the tuned values, or the base's if they are the coarser.
+
+    A base that was rounded is the tuned values less the update, rounded.
+    """
     exact = base.detach().double()
     after = tuned.detach().double() if tuned is not None else exact + difference.double()
-    rounded = storage_dtype(after, rounded)
+    slack = 0.0 if tuned is not None else torch.finfo(torch.float32).eps * (exact.abs() + difference.abs())
+    rounded = storage_dtype(after, rounded, slack=slack)
     base_rounded = storage_dtype(exact, base_rounded)
     if torch.finfo(base_rounded).eps > torch.finfo(rounded).eps:
-        return -difference, _rounding(after, base_rounded, difference.dtype)
-    return difference, _rounding(exact, rounded, difference.dtype)
+        return -1.0, _rounding(after, base_rounded)
+    return 1.0, _rounding(exact, rounded)
 
 
-def _rounding(base: Tensor, dtype: torch.dtype, work: torch.dtype) -> Rounding:
+def _rounding(base: Float[Tensor, "m n"], dtype: torch.dtype) -> Rounding:
+    work = torch.float32 if torch.finfo(dtype).eps > 1e-5 else torch.float64
     return Rounding(base.to(work), dtype, bool((base.to(dtype).to(base.dtype) == base).all()))
 
 

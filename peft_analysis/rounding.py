@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _GAIN_ROUNDS = 4  # that match the sizes of the components
-_FIT_ROUNDS = 10  # that match the components themselves
+_FIT_ROUNDS = 60  # that match the components themselves
 _LEAST_GAIN = 0.15
 
 
@@ -24,7 +24,7 @@ class Rounding:
     Attributes:
         base: the weights that the update was added to (m, n), in the dtype of the computation.
         dtype: that the sum was stored in.
-        aligned: whether the base itself is made of numbers of that dtype; only then can entries stay in place.
+        aligned: whether the base is made of numbers of that dtype; only then can entries stay in place.
     """
 
     base: Float[Tensor, "m n"]
@@ -33,7 +33,14 @@ class Rounding:
 
     def read(self, update: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """The difference that is read after an update: round(W + U) − W."""
-        return (self.base + update).to(self.dtype).to(update.dtype) - self.base
+        largest = torch.finfo(self.dtype).max
+        return (self.base + update).clamp(-largest, largest).to(self.dtype).to(update.dtype) - self.base
+
+    def dithered(self, generator: torch.Generator) -> Float[Tensor, "m n"]:
+        """Errors of rounding weights a random step beside the base: evenly spread, whatever the base."""
+        step = torch.rand(self.base.shape, generator=generator, device=generator.device).to(self.base)
+        beside = self.base * (1 + (2 * step - 1) * torch.finfo(self.dtype).eps)
+        return beside.to(self.dtype).to(self.base.dtype) - beside
 
     def fit(
         self,
@@ -62,9 +69,14 @@ class Rounding:
             sizes = sizes * (values / seen.clamp_min(1e-12 * values[0])).clamp(0.5, 2)
         gain = float((values / sizes).mean().clamp(_LEAST_GAIN, 1))
         scaled, frame = left * sizes, right
+        errors: list[float] = []
         for _ in range(_FIT_ROUNDS):
             guess = scaled @ frame.mT
-            guess = guess + (difference - self.read(guess)) / gain
+            error = difference - self.read(guess)
+            errors.append(float(torch.linalg.vector_norm(error)))
+            if errors[-1] == 0 or (len(errors) > 5 and errors[-1] > 0.97 * errors[-6]):
+                break
+            guess = guess + error / gain
             basis = torch.linalg.qr(guess @ frame)[0]
             frame, scaled = torch.linalg.qr(guess.mT @ basis)
             scaled = basis @ scaled.mT
@@ -72,14 +84,23 @@ class Rounding:
         return outer, sizes, frame @ inner.mT
 
 
-def storage_dtype(values: Tensor, told: torch.dtype | None) -> torch.dtype:
-    """The coarsest of bfloat16, float16 and float32 that holds every value; at least as coarse as told."""
-    if told is not None:
-        return told
-    for dtype in (torch.bfloat16, torch.float16):
-        if bool((values.to(dtype).to(values.dtype) == values).all()):
+def storage_dtype(
+    values: Float[Tensor, "m n"], told: torch.dtype | None, *, slack: Tensor | float = 0.0
+) -> torch.dtype:
+    """The coarsest of bfloat16, float16 and float32 that holds every value, if that is coarser than told.
+
+    Args:
+        values: in float64.
+        told: the dtype that they are said to have been stored in.
+        slack: how far from a number of the dtype a value may lie; for sums of rounded terms.
+    """
+    known = told if told is not None else torch.float64
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.finfo(dtype).eps <= torch.finfo(known).eps:
+            continue
+        if bool(((values.to(dtype).to(values.dtype) - values).abs() <= slack).all()):
             return dtype
-    return torch.float32 if bool((values.float().to(values.dtype) == values).all()) else torch.float64
+    return known
 
 
 def largest_singular_value(
