@@ -17,7 +17,7 @@ from peft_analysis.base_svd import BaseSVD, rounding
 SMALL = 192  # below this, one dense decomposition is faster than an iteration
 EXTRA = 4  # pairs beyond those asked for, among which a gap is looked for
 ROUNDS = 40
-ACCURATE = 1e-9  # an error of a vector that is small enough to stop at
+ACCURATE = {torch.float32: 1e-6, torch.float64: 1e-9}  # an error of a vector to stop at, by the base's dtype
 USABLE = 1e-6  # an error that is small enough to keep where rounding stops the iteration
 
 
@@ -77,7 +77,7 @@ def top_triplets(
     p = base.S.numel()
     found = None
     if isinstance(update, LowRank) and p > SMALL and 4 * update.rank <= p:
-        found = Rotated.of(base, update).top(k, thresholds)
+        found = Rotated.of(base, update).top(k, thresholds, accurate=ACCURATE[base.S.dtype])
     if found is None:
         found = dense_triplets(rotated_matrix(base, update), k, p)
     eps = torch.finfo(base.S.dtype).eps
@@ -188,7 +188,9 @@ class Rotated:
         negative = torch.linalg.eigvalsh((small + small.mT) / 2) < 0
         return int((poles > 0).sum()) + int(negative.sum()) - r
 
-    def top(self, k: int, thresholds: tuple[float, ...] = ()) -> Triplets | None:
+    def top(
+        self, k: int, thresholds: tuple[float, ...] = (), *, accurate: float = ACCURATE[torch.float64]
+    ) -> Triplets | None:
         """The k largest triplets (or as many as there are above `zero`), or None without a certificate.
 
         Davidson's method on KᵀK. The space holds the first h base directions, what the update touches, and
@@ -204,19 +206,22 @@ class Rotated:
         basis = orthonormal(border[head:])
         best, found = torch.inf, None
         for _ in range(ROUNDS):
+            open_pairs = torch.ones(wanted, dtype=torch.bool, device=self.d.device)
             squares, vectors = self._ritz(border, head, basis, wanted + 1)
             image = self.times(vectors)
             residual = self.back(image) - vectors * squares
             found = self._certified(k, squares, vectors, image, residual)
             if found is not None:
-                worst = float(torch.maximum(found.left_errors, found.right_errors).max())
-                if worst <= ACCURATE or (thresholds and settled(found, thresholds)):
+                errors = torch.maximum(found.left_errors, found.right_errors)
+                worst = float(errors.max())
+                if worst <= accurate or (thresholds and settled(found, thresholds)):
                     return found
                 if worst > best / 2:
                     break
                 best = worst
+                open_pairs = torch.nn.functional.pad(errors > accurate / 4, (0, wanted - len(errors)))
             lower = (squares - self.d[head:, None].square()).clamp(min=torch.finfo(squares.dtype).eps)
-            fresh = orthonormal((residual[head:] / lower)[:, :wanted], basis)
+            fresh = orthonormal((residual[head:] / lower)[:, :wanted][:, open_pairs], basis)
             if not fresh.shape[1] or 2 * (basis.shape[1] + fresh.shape[1]) > p:
                 break
             basis = torch.cat([basis, fresh], 1)
