@@ -132,7 +132,7 @@ def _measured(
     if settings.max_base_side is not None and side > settings.max_base_side:
         reason = f"its smaller side is above max_base_side = {settings.max_base_side}"
         return row | {"left_out": {"base svd": reason}}
-    decomposed = (cache or SVDCache(memory=0))(base)
+    decomposed = (SVDCache(memory=0) if cache is None else cache)(base)
     row["relative_spectral"] = seen.spectral / float(decomposed.S[0])
     row["curves"]["base"] = curve(decomposed.S)
     row["rank_slope"] = _number(float(effective_rank_slope(base, difference, base_svd=decomposed)))
@@ -168,9 +168,10 @@ def _judged(found: MatrixVerdict) -> dict[str, Any]:
         "rank": found.rank,
         "rank_low": found.rank_low,
         "rank_high": found.rank_high,
+        "noise_edge": _number(found.edge),
         "verdict": found.statement,
         "p_value": _number(found.p_value),
-        "judged": found.to_dict(),
+        "judged": _plain(found.to_dict()),
     }
 
 
