@@ -4,26 +4,58 @@ This floor stands on `manifolds` and knows parameters by their names, not what a
 """
 
 from peft_analysis.analyse import analyse
+from peft_analysis.base_svd import BaseSVD, SVDCache
+from peft_analysis.directions import (
+    DirectionChange,
+    DirectionCorrelation,
+    direction_change,
+    direction_correlation,
+)
 from peft_analysis.errors import UpdateError
-from peft_analysis.intruders import intruders
+from peft_analysis.intruders import Intruders, IntruderSide, intruders
+from peft_analysis.matrix_verdict import MatrixVerdict
+from peft_analysis.mitigation import intruder_part, mitigate
+from peft_analysis.noise import NoiseEdge, RankEstimate, noise_edge, true_rank
+from peft_analysis.rank_path import RankPath, effective_rank_slope, rank_path
 from peft_analysis.report import Report
 from peft_analysis.spectrum import Spectrum, singular_values, spectrum
 from peft_analysis.subspaces import overlap, overlap_grid, principal_angles
 from peft_analysis.updates import Entry, Weights, WeightUpdate, read_update
+from peft_analysis.verdict import Verdict, verdict
 
 __all__ = [
+    "BaseSVD",
+    "DirectionChange",
+    "DirectionCorrelation",
     "Entry",
+    "IntruderSide",
+    "Intruders",
+    "MatrixVerdict",
+    "NoiseEdge",
+    "RankEstimate",
+    "RankPath",
     "Report",
+    "SVDCache",
     "Spectrum",
     "UpdateError",
+    "Verdict",
     "WeightUpdate",
     "Weights",
     "analyse",
+    "direction_change",
+    "direction_correlation",
+    "effective_rank_slope",
+    "intruder_part",
     "intruders",
+    "mitigate",
+    "noise_edge",
     "overlap",
     "overlap_grid",
     "principal_angles",
+    "rank_path",
     "read_update",
     "singular_values",
     "spectrum",
+    "true_rank",
+    "verdict",
 ]
