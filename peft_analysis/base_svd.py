@@ -49,7 +49,7 @@ class BaseSVD:
             UpdateError: the matrix is empty or holds NaN or infinity.
         """
         check_matrix(matrix, "the base matrix")
-        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        left, values, right = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
         kept = torch.float64 if matrix.dtype == torch.float64 else torch.float32
         return cls(left.to(kept), values.to(kept), right.mT.to(kept), key or weight_key(matrix))
 

@@ -102,7 +102,7 @@ def direction_change(
     if along == "input":
         base, update = base.mT, update.mT
     kept = torch.promote_types(base.dtype, torch.promote_types(update.dtype, torch.float32))
-    before, inner, outer = _products(base.to(kept), update.to(kept))
+    before, inner, outer = _products(base.detach().to(kept), update.detach().to(kept))
     if not bool(inner.isfinite().all() and outer.isfinite().all()):
         raise UpdateError("the update holds NaN or infinity, or its squares overflow")
     unit = torch.where(before > 0, before, 1.0)

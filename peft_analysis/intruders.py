@@ -126,7 +126,7 @@ class Intruders:
 def intruders(
     base_matrix: Tensor,
     update_matrix: Tensor | LowRank,
-    epsilon: float = 0.5,
+    epsilon: float | int = 0.5,
     k: int = 10,
     *,
     side: Side | None = None,
@@ -168,7 +168,9 @@ def intruders(
     check_settings(epsilon, k, side)
     base_matrix, update_matrix = fitting(base_matrix, update_matrix)
     base = decomposed(base_matrix, base_svd, cache)
-    found = top_triplets(base, update_matrix, min(k, base.S.numel()), thresholds=(epsilon,) if early else ())
+    found = top_triplets(
+        base, update_matrix, min(k, base.S.numel()), thresholds=(float(epsilon),) if early else ()
+    )
     sides = {name: judged(base, found, epsilon, name) for name in SIDES if side in (None, name)}
     return Intruders(
         epsilon=float(epsilon),
@@ -181,7 +183,7 @@ def intruders(
     )
 
 
-def judged(base: BaseSVD, found: Triplets, epsilon: float, side: Side) -> IntruderSide:
+def judged(base: BaseSVD, found: Triplets, epsilon: float | int, side: Side) -> IntruderSide:
     """The verdicts on one side of the leading triplets."""
     left = side == "left"
     vectors, errors = (found.left, found.left_errors) if left else (found.right, found.right_errors)
@@ -223,7 +225,7 @@ def _range(base: BaseSVD, vectors: Tensor, complete: int) -> tuple[Tensor, Tenso
     return (mass / sizes.sqrt()[:, None]).amax(0), mass.amax(0)
 
 
-def check_settings(epsilon: float, k: int, side: Side | None) -> None:
+def check_settings(epsilon: float | int, k: int, side: Side | None) -> None:
     """Refuse a threshold, a number of vectors or a side that there is not."""
     if not 0 < epsilon <= 1:
         raise UpdateError(f"epsilon is {epsilon}; it is a cosine above 0 and at most 1")
@@ -246,7 +248,7 @@ def fitting(base: Tensor, update: Tensor | LowRank) -> tuple[Tensor, Tensor | Lo
             f"the base has shape {tuple(base.shape)} on {base.device}, the update {tuple(update.shape)} on "
             f"{update.device}; both as (out, in): update.base_matrix(name) and update.matrix(name) fit"
         )
-    return base, update
+    return base.detach(), update.detach()
 
 
 def decomposed(matrix: Tensor, base_svd: BaseSVD | None, cache: SVDCache | None) -> BaseSVD:

@@ -19,9 +19,9 @@ from peft_analysis.updates import WeightUpdate
 
 def mitigate(
     update: WeightUpdate,
-    factor: float = 0.75,
+    factor: float | int = 0.75,
     *,
-    epsilon: float = 0.5,
+    epsilon: float | int = 0.5,
     k: int = 10,
     side: Side = "left",
     cache: SVDCache | None = None,
@@ -62,7 +62,7 @@ def mitigate(
 def intruder_part(
     base_matrix: Tensor,
     update_matrix: Tensor | LowRank,
-    epsilon: float = 0.5,
+    epsilon: float | int = 0.5,
     k: int = 10,
     *,
     side: Side = "left",
@@ -88,7 +88,7 @@ def intruder_part(
 
 
 def _mitigated(
-    update: WeightUpdate, name: str, factor: float, settings: dict[str, Any], cache: SVDCache | None
+    update: WeightUpdate, name: str, factor: float | int, settings: dict[str, Any], cache: SVDCache | None
 ) -> LowRank | Tensor:
     """The difference of one parameter in its stored layout, with its intruders scaled."""
     value, entry = update[name], update.entries[name]

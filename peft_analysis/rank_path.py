@@ -43,7 +43,7 @@ class RankPath:
 def rank_path(
     base_matrix: Tensor,
     update_matrix: Tensor | LowRank,
-    t: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    t: Sequence[float | int] | Tensor = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     base_svd: BaseSVD | None = None,
     cache: SVDCache | None = None,
