@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,13 @@ from peft_analysis.updates.entry import Entry
 from peft_analysis.updates.names import Chosen, Selection
 from peft_analysis.updates.weights import Weights
 
+if TYPE_CHECKING:
+    Differences = Mapping[str, LowRank | Tensor]
+else:
+    Differences = Mapping  # who checks types at run time would read a matrix to look at its type
 
-class WeightUpdate(Mapping[str, LowRank | Tensor]):
+
+class WeightUpdate(Differences):
     """A mapping from parameter name to the difference: a `LowRank`, or a dense tensor.
 
     Differences are read when they are asked for and not kept, so that going through `items()` needs the
@@ -176,7 +181,7 @@ class WeightUpdate(Mapping[str, LowRank | Tensor]):
             entries, base=self.base, source=self.source, stages=self.stages, skipped=self.skipped
         )
 
-    def __mul__(self, scale: float) -> "WeightUpdate":
+    def __mul__(self, scale: float | int) -> "WeightUpdate":
         """The update times a number; its entries' `details` say by how much it was scaled in all."""
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             return NotImplemented
@@ -199,7 +204,7 @@ class WeightUpdate(Mapping[str, LowRank | Tensor]):
 
     # Models and files
 
-    def apply(self, model: nn.Module, scale: float = 1.0) -> Applied:
+    def apply(self, model: nn.Module, scale: float | int = 1.0) -> Applied:
         """Adds the update, times `scale`, to a model's parameters in place: all of it, or none.
 
         Names and shapes are checked before anything changes. Sums are taken in float32 or wider and rounded
@@ -255,7 +260,7 @@ def _mapped(
     return function(name, read())
 
 
-def _scaled(read: "Callable[[], LowRank | Tensor]", scale: float) -> LowRank | Tensor:
+def _scaled(read: "Callable[[], LowRank | Tensor]", scale: float | int) -> LowRank | Tensor:
     return read() * scale
 
 
