@@ -97,7 +97,7 @@ def fit_power_law(
         alpha_error=slope / math.sqrt(tail),
         x_min=float(logs[best].exp()),
         ks=distance,
-        p_value=_chance_of(distance, tail, draws, seed, logs.device),
+        p_value=chance_of_distance(distance, tail, draws, seed, logs.device),
         tail=tail,
     )
 
@@ -124,7 +124,7 @@ def _all_starts(logs: Float[Tensor, " p"]) -> tuple[Float[Tensor, " q"], Float[T
     return slopes, torch.cat(found)
 
 
-def _chance_of(distance: float, tail: int, draws: int, seed: int, device: torch.device) -> float:
+def chance_of_distance(distance: float, tail: int, draws: int, seed: int, device: torch.device) -> float:
     """How often an exponential sample is as far from the exponential law that fits it (Lilliefors 1969).
 
     The logarithm of a power law's tail is exponential, and the distance does not depend on its rate.
