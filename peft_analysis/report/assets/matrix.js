@@ -73,7 +73,7 @@ function notes(row) {
   for (const [side, name] of [["left", "output"], ["right", "input"]]) {
     const found = row.curves?.intruders?.[side] ?? [];
     if (!found.length) continue;
-    const told = found.map((one) => `no. ${one.index + 1} (closest base direction: cosine ${figures(one.similarity, 2)})`);
+    const told = found.map((one) => `no. ${one.index + 1} (closest base direction: cosine ${figures(one.similarity)})`);
     lines.push(`Intruders among the tuned matrix’s ${name} directions: ${told.join("; ")}.`);
   }
   at("one-notes").replaceChildren(...lines.map((line) => make("p", line)));

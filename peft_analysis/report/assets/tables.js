@@ -15,16 +15,22 @@ const SETS = {
 };
 let sort = { name: sized, up: false };
 
-// A filter is words that must all be in the name, or comparisons of a column: "rank <= 8", "change > 1 %".
+// A filter is words that must all be in the name, and comparisons of columns: "q_proj rank <= 8", "change > 1 %".
+const COMPARISON = /([^<>=]*?)\s*(<=|>=|<|>|=)\s*(-?[\d.]+(?:e[-+]?\d+)?)\s*[%°]?/gu;
 function filter(text) {
   const found = [];
-  const rest = text.replace(/([\p{L}_σφ][\p{L}\p{N}_,σφ ]*?)\s*(<=|>=|<|>|=)\s*(-?[\d.]+(?:e-?\d+)?)\s*%?/gu, (all, name, sign, number) => {
-    const wanted = name.trim().toLowerCase();
-    const column = columns.find((one) => [one.name, one.title.toLowerCase()].includes(wanted));
-    if (!column || column.form === "text") return all;
-    const scale = { share: 0.01, degrees: Math.PI / 180 }[column.form] ?? 1;
-    found.push((row) => known(row[column.name]) && compare(row[column.name], sign, Number(number) * scale));
-    return " ";
+  const rest = text.replace(COMPARISON, (all, before, sign, number) => {
+    // A column's title may have several words: the longest end of what stands before the sign that is one.
+    const words = before.trim().split(/\s+/);
+    for (let first = 0; first < words.length; first += 1) {
+      const wanted = words.slice(first).join(" ").toLowerCase();
+      const column = columns.find((one) => [one.name, one.title.toLowerCase()].includes(wanted) && one.form !== "text");
+      if (!column) continue;
+      const scale = { share: 0.01, degrees: Math.PI / 180 }[column.form] ?? 1;
+      found.push((row) => known(row[column.name]) && compare(row[column.name], sign, Number(number) * scale));
+      return ` ${words.slice(0, first).join(" ")} `;
+    }
+    return all;
   });
   const words = rest.toLowerCase().split(/\s+/).filter(Boolean);
   const named = (row) => `${row.parameter} ${row.kind} ${row.origin} ${row.verdict ?? ""} ${label(row)}`.toLowerCase();
