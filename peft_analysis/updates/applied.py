@@ -53,7 +53,7 @@ class _Target:
     entries: list[str]
 
 
-def apply_update(update: "WeightUpdate", model: nn.Module, scale: float) -> Applied:
+def apply_update(update: "WeightUpdate", model: nn.Module, scale: float | int) -> Applied:
     """Adds `scale` times an update to a model in place; see `WeightUpdate.apply`."""
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise UpdateError(f"scale is {scale!r}; give a finite number")
@@ -137,7 +137,7 @@ def _unfit(value: Tensor, shape: torch.Size) -> str | None:
     return None
 
 
-def _sum(update: "WeightUpdate", target: _Target, scale: float) -> Tensor:
+def _sum(update: "WeightUpdate", target: _Target, scale: float | int) -> Tensor:
     """The parameter's new value; NaN, overflow and entries of tied parameters that disagree raise."""
     value = target.value
     difference = update.dense(target.entries[0])

@@ -60,6 +60,8 @@ def weights_of(stored: TensorFile, model: nn.Module | None = None) -> Weights:
         if name in kept and (other not in kept or torch.equal(kept[other].read(), kept[name].read())):
             kept.pop(other, None)
             tied[other] = name
+    places = {name: place for place, name in enumerate((*parts.parameters, *parts.buffers))}
+    kept = dict(sorted(kept.items(), key=lambda item: places.get(item[0], len(places))))  # as the model's
     return Weights(
         {name: value.read for name, value in kept.items()},
         shapes={name: value.shape for name, value in kept.items()},

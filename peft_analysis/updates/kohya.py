@@ -87,7 +87,10 @@ def read_adapter_file(base: "nn.Module | Weights | None", file: TensorFile) -> W
             wrong.append(str(error))
     if wrong:
         raise UpdateError(f"{file.path} does not fit {foundation.source}: {listed(wrong, '; ')}")
-    entries = {name: entry(steps, foundation) for name, steps in changes.items()}
+    names = list(changes)
+    if foundation.weights is not None:
+        names = [*(name for name in foundation.weights if name in changes), *names]  # in the model's order
+    entries = {name: entry(changes[name], foundation) for name in dict.fromkeys(names)}
     told = "" if base is not None else "; parameters' names are guessed, give the base to have its own"
     return WeightUpdate(entries, base=foundation.weights, source=f"the adapter file {file.path}{told}")
 
