@@ -13,7 +13,7 @@ from manifolds.fixed_rank import Logarithm
 from peft_analysis.errors import UpdateError
 
 HALVINGS = 4  # of a step that raises the sum of squares
-SHOTS = 8  # corrections of a logarithm; matrices that are near to each other take a few
+SHOTS = 20  # corrections of a logarithm; matrices that are near to each other take a few
 ROUNDING = 1e-10  # by which the sum may seem to rise: relative, float64, some thousand operations
 
 
