@@ -1,0 +1,110 @@
+"""Which object an edit says: by the unembedding alone, or by what only the edited model answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_analysis.errors import UpdateError
+from peft_analysis.forensics.keys import Prompt, around, batches, evaluating, run
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Objects to choose from, and the first token of each."""
+
+    names: tuple[str, ...]
+    tokens: Tensor
+
+
+def candidates(
+    tokenizer: Any, objects: Sequence[str] | None, vocabulary: int, template: str = "{}"
+) -> Candidates:
+    """The objects' first tokens, as they follow on a prompt; without objects every token of the vocabulary.
+
+    Objects whose first token is the same are one candidate, named by all of them.
+    """
+    if objects is None:
+        words = [str(tokenizer.decode([index])).strip() for index in range(vocabulary)]
+        return Candidates(tuple(words), torch.arange(vocabulary))
+    before = "".join(around(template)).strip() or "is"
+    start = tuple(tokenizer(before)["input_ids"])
+    by_token: dict[int, list[str]] = {}
+    for name in objects:
+        whole = tuple(tokenizer(f"{before} {name}")["input_ids"])
+        same = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
+        if same >= len(whole):
+            raise UpdateError(f"the object {name!r} has no token; give words that the tokenizer knows")
+        by_token.setdefault(whole[same], []).append(name)
+    return Candidates(
+        tuple(" | ".join(dict.fromkeys(names)) for names in by_token.values()), torch.tensor(list(by_token))
+    )
+
+
+def answers(
+    model: nn.Module, prompts: Sequence[Prompt], weights: Mapping[str, Tensor]
+) -> Float[Tensor, "prompts vocabulary"]:
+    """Log-probabilities of the token that follows each prompt."""
+    device = next(model.parameters()).device
+    found: list[Tensor] = []
+    order: list[int] = []
+    with torch.no_grad(), evaluating(model):
+        for which, ids, mask in batches(prompts, device):
+            logits = run(model, weights, ids, mask).logits
+            rows = torch.arange(len(which), device=device)
+            found.append(logits[rows, mask.sum(1) - 1].float().log_softmax(-1))
+            order.extend(which)
+    return torch.cat(found)[torch.tensor(order, device=device).argsort()]
+
+
+def gains(
+    base: Float[Tensor, "prompts vocabulary"], edited: Float[Tensor, "prompts vocabulary"]
+) -> Float[Tensor, "prompts vocabulary"]:
+    """What each token adds to the divergence of the edited answer from the base's: p' log(p'/p), in nats."""
+    return edited.exp() * (edited - base)
+
+
+def lens(
+    model: nn.Module, prompt: Prompt, vectors: Float[Tensor, "many d"]
+) -> Float[Tensor, "many vocabulary"] | None:
+    """Vectors of the residual stream through the final norm and the unembedding.
+
+    The final norm is the module whose output enters the unembedding; None if the model has no unembedding.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return None
+    outputs: dict[int, nn.Module] = {}
+    entered: list[Tensor] = []
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.setdefault(id(output), module)
+
+    leaves = [module for module in model.modules() if not any(module.children()) and module is not head]
+    handles = [module.register_forward_hook(note) for module in leaves]
+    handles.append(head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])))
+    device = next(model.parameters()).device
+    kept: list[Tensor] = []  # outputs stay alive, so that no id is used twice
+    handles += [module.register_forward_hook(lambda _, __, out: kept.append(out)) for module in leaves]
+    try:
+        with torch.no_grad(), evaluating(model):
+            run(
+                model,
+                {},
+                torch.tensor([prompt.ids], device=device),
+                torch.ones(1, len(prompt.ids)).to(device),
+            )
+            norm = outputs.get(id(entered[0])) if entered else None
+    finally:
+        for handle in handles:
+            handle.remove()
+    weight: Tensor = head.weight
+    with torch.no_grad():
+        inputs = vectors.to(weight)
+        if norm is not None and inputs.shape[-1] == weight.shape[-1]:
+            inputs = norm(inputs)
+        return head(inputs).float() if inputs.shape[-1] == weight.shape[-1] else None
