@@ -106,7 +106,7 @@ def storage_dtype(
 def largest_singular_value(
     matrix: Float[Tensor, "m n"],
     left: Float[Tensor, "m k"],
-    right: Float[Tensor, "n k"],
+    right: Float[Tensor, "n j"],
     *,
     generator: torch.Generator | None = None,
     steps: int = 48,

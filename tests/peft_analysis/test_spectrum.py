@@ -62,15 +62,12 @@ def test_a_batch_of_matrices_is_a_batch_of_lists(device):
 @pytest.mark.parametrize("stored", [1, 6, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_factors_give_the_values_of_their_product(stored, dtype, device):
-    update = LowRank(
-        draw(50, stored, dtype=dtype, device=device), draw(stored, 70, seed=1, device=device).to(dtype)
-    )
+    left, right = (draw(*size, dtype=dtype, device=device) for size in ((50, stored), (stored, 70)))
+    update = LowRank(left, right)
     found = spectrum(update)
     product = update.left.double() @ update.right.double()
     expected = reference(product)[: min(stored, 50)]
-    np.testing.assert_allclose(
-        found.singular_values.cpu().double().numpy(), expected, atol=1e-5 * expected[0]
-    )
+    np.testing.assert_allclose(found.singular_values.cpu().numpy(), expected, atol=1e-5 * expected[0])
     assert found.exact
     assert found.rank == min(stored, 50)
     assert found.residual < 1e-5
@@ -103,9 +100,7 @@ def test_conventions_are_those_of_weightwatcher(shape):
     rmt = pytest.importorskip("weightwatcher.RMT_Util")
     matrix = draw(*shape, seed=3)
     found, values = spectrum(matrix), reference(matrix).astype(np.float32)
-    assert found.stable_rank == pytest.approx(
-        float(rmt.stable_rank(values.astype(np.float64) ** 2)), rel=1e-5
-    )
+    assert found.stable_rank == pytest.approx(float(rmt.stable_rank(values**2.0)), rel=1e-5)
     assert found.entropy == pytest.approx(float(rmt.matrix_entropy(values, max(shape))), rel=1e-5)
 
 
@@ -135,10 +130,10 @@ def test_chances_are_those_of_tails_drawn_elsewhere():
 
 
 def test_a_tail_that_is_no_power_law_is_found_out():
-    steps = torch.linspace(0, 1, 400, dtype=torch.float64)
-    law = torch.rand(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** (-0.5 / 1.5)
+    steps = torch.linspace(0, 1, 200, dtype=torch.float64)
+    law = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** (-0.5 / 1.5)
     assert fit_power_law(law).p_value > 0.1
-    assert fit_power_law(law).alpha == pytest.approx(2.5, abs=0.15)
+    assert fit_power_law(law).alpha == pytest.approx(2.5, abs=0.25)
     two_heaps = torch.cat([1 + 1e-3 * steps, 2 + 1e-3 * steps])
     assert fit_power_law(two_heaps).p_value < 0.01
 
@@ -162,10 +157,8 @@ def test_spikes_are_what_was_planted():
 def test_quantiles_and_the_upper_quantile_are_those_of_random_matrices():
     drawn = torch.linalg.svdvals(draw(100, 120, 80, seed=7, dtype=torch.float64))
     torch.testing.assert_close(drawn.mean(0)[5:-5], quantiles(120, 80)[5:-5], rtol=0.02, atol=0)
-    assert 0 <= float((drawn[:, 0] > upper_quantile(120, 80)).double().mean()) <= 0.05
-    assert float((drawn[:, 0] > upper_quantile(120, 80, -1.2686)).double().mean()) == pytest.approx(
-        0.5, abs=0.15
-    )
+    above = [float((drawn[:, 0] > upper_quantile(120, 80, t)).double().mean()) for t in (2.0234, -1.2686)]
+    assert above == [pytest.approx(0.01, abs=0.04), pytest.approx(0.5, abs=0.15)]
 
 
 def test_relative_norms_are_over_the_base(device):
@@ -193,16 +186,12 @@ def test_nothing_has_rank_zero(matrix):
 
 
 def test_everything_goes_into_json():
-    kept = json.loads(
-        json.dumps(spectrum(draw(30, 20), base=draw(30, 20, seed=1)).to_dict(), allow_nan=False)
-    )
+    found = spectrum(draw(30, 20), base=draw(30, 20, seed=1))
+    kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert kept["energy_ranks"].keys() == {"0.5", "0.9", "0.95", "0.99"}
     assert len(kept["singular_values"]) == 20
     assert kept["relative"]["frobenius"] == pytest.approx(1, rel=0.2)
-    assert (
-        json.loads(json.dumps(spectrum(torch.zeros(2, 2)).to_dict(), allow_nan=False))["power_law"]["alpha"]
-        is None
-    )
+    assert json.dumps(spectrum(torch.zeros(2, 2)).to_dict(), allow_nan=False).count("null") >= 5
 
 
 @pytest.mark.parametrize(
