@@ -177,6 +177,7 @@ def part_of(layer: Any, path: str, adapter: str, settings: Mapping[str, Any], ti
             tensors[role] = Stored(value.shape, value.dtype, value.detach)
     if not tensors:
         return None
+    scaling = getattr(layer, "scaling", {}).get(adapter)
     parameter = getattr(layer, "parameter_name", None)
     if parameter is None:
         attention = isinstance(layer.get_base_layer(), nn.MultiheadAttention)
@@ -185,7 +186,7 @@ def part_of(layer: Any, path: str, adapter: str, settings: Mapping[str, Any], ti
         path,
         tensors,
         settings,
-        scaling=getattr(layer, "scaling", {}).get(adapter),
+        scaling=None if scaling is None else float(scaling),
         parameter=parameter,
         times=times,
         layer=layer,

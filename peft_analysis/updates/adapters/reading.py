@@ -30,6 +30,7 @@ class _Collected:
         self.source = source
         self.changes: dict[str, list[Change]] = defaultdict(list)
         self.wrong: list[str] = []
+        self.skipped: dict[str, str] = {}
 
     def add(self, changes: Iterator[Change]) -> None:
         try:
@@ -66,7 +67,7 @@ class _Collected:
                 f"{self.source} can be read only beside the base, which all of {listed(entries)} need; "
                 "give it: read_update(base, tuned)"
             )
-        return WeightUpdate(entries, base=self.foundation.weights, source=self.source)
+        return WeightUpdate(entries, base=self.foundation.weights, source=self.source, skipped=self.skipped)
 
 
 def from_folder(base: "nn.Module | Weights | None", path: Path) -> WeightUpdate:
@@ -100,19 +101,19 @@ def from_model(
     )
     collected = _Collected(foundation, f"the adapters in {type(model).__name__}")
     collected.refuse_quantised()
+    working = [settings[name] for name in _names_in_effect(model, chosen) if name in settings]
+    taken = {str(one.get("init_lora_weights")).lower() for one in working} & starts.TAKEN
+    if inside and taken:
+        collected.source += f" upon the base inside it, from which {listed(taken)} took its start"
     merged = _live_parts(model, settings, chosen, collected)
     for name, kind, stored in live.saved(model, chosen):
         collected.add(whole.changes(name, stored, foundation, kind))
     if not inside:
         own = live.own_base(model)
         collected.add(live.moved(own, foundation, {own.name(name): back for name, back in merged.items()}))
-    trained = [
-        name for name in _names_in_effect(model, chosen) if settings[name].get("bias", "none") != "none"
-    ]
-    if inside and trained:
+    if inside and any(one.get("bias", "none") != "none" for one in working):
         collected.wrong.append(
-            f"the adapter {listed(trained)} trained biases in place, whose values before are not in the "
-            "model; give the base as it was"
+            "biases were trained in place, and the model does not hold what they were; give the base as it was"
         )
     return collected.update()
 
@@ -169,12 +170,16 @@ def _by_peft(
         return
     for path in made.paths:
         make = partial(made.layer, path)
-        collected.add(through_peft.changes(make, path, ("default",), kind, foundation))
+        collected.add(through_peft.changes(make, path, ("default",), kind, foundation, fresh=True))
 
 
 def _whole(rest: Mapping[str, Stored], settings: Mapping[str, Any], collected: _Collected) -> None:
     for name, stored in rest.items():
         if any(word.startswith(kinds.IGNORED) for word in name.split(".")):
+            collected.skipped[name] = "it serves training and is not merged"
+            continue
+        if not stored.dtype.is_floating_point:
+            collected.skipped[whole.base_name(name)] = f"it is of {stored.dtype}: it counts, and is no weight"
             continue
         kind = whole.kind_of(name, settings)
         collected.add(whole.changes(name, stored, collected.foundation, kind))

@@ -18,6 +18,8 @@ LOST = {
     "lora_ga": "LoRA-GA",
     "loftq": "LoftQ",
 }
+TAKEN = {"pissa", "olora", *LOST}
+"""Starts that are taken off the base inside a live model."""
 
 
 def changes(part: Part, foundation: Foundation) -> Iterator[Change]:

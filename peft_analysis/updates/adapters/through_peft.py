@@ -27,7 +27,13 @@ Layer = Callable[[], Any]
 
 
 def changes(
-    make: Layer, path: str, adapters: Collection[str], kind: str, foundation: Foundation
+    make: Layer,
+    path: str,
+    adapters: Collection[str],
+    kind: str,
+    foundation: Foundation,
+    *,
+    fresh: bool = False,
 ) -> Iterator[Change]:
     """The changes of one module's parameters by peft's own merge.
 
@@ -37,6 +43,8 @@ def changes(
         adapters: the names of those to merge, in their order.
         kind: of the adapter, as peft calls it.
         foundation: the base, which is needed.
+        fresh: whether the layer was just made upon the base's weight, so that what it now holds instead, as
+            KaSA does, belongs to the change.
 
     Raises:
         UpdateError: without a base, or if it has no such module.
@@ -57,7 +65,7 @@ def changes(
         yield Change(
             name=full,
             shape=foundation.weights.shape(full),
-            delta=partial(_merged, make, path, name, tuple(adapters), foundation),
+            delta=partial(_merged, make, path, name, tuple(adapters), foundation, fresh),
             kind=kind.lower(),
             layout=foundation.weights.layout(full),
             needs_base=True,
@@ -71,23 +79,26 @@ def _merged(
     name: str,
     adapters: tuple[str, ...],
     foundation: Foundation,
+    fresh: bool,
     current: Read,
     start: Read,
 ) -> Tensor:
     layer = make()
     inner = layer.get_base_layer()
+    before = current().clone()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for other, parameter in list(inner.named_parameters(recurse=False)):
-            value = current() if other == name else foundation.read(f"{path}.{other}")
-            parameter.data = value.to(parameter.device).clone()
-        before = getattr(inner, name).detach().clone()
+            stored = foundation.stored(f"{path}.{other}").to(parameter.device)
+            value = (before if other == name else wide(stored)).to(parameter.device)
+            moved = fresh and not torch.equal(parameter, stored)
+            parameter.data = value + (wide(parameter) - wide(stored)) if moved else value.clone()
         _widen(layer)
         try:
             layer.merge(adapter_names=list(adapters))
         except (NotImplementedError, RuntimeError, ValueError, TypeError) as refused:
             raise UpdateError(f"{path}: peft does not merge this: {refused}") from refused
-        return getattr(layer.get_base_layer(), name).detach().to(before.dtype) - before
+        return getattr(layer.get_base_layer(), name).detach().to(before) - before
 
 
 def _widen(layer: nn.Module) -> None:
