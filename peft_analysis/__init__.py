@@ -5,6 +5,7 @@ This floor stands on `manifolds` and knows parameters by their names, not what a
 
 from peft_analysis.analyse import analyse
 from peft_analysis.base_svd import BaseSVD, SVDCache
+from peft_analysis.compare import Comparison, compare
 from peft_analysis.directions import (
     DirectionChange,
     DirectionCorrelation,
@@ -12,8 +13,10 @@ from peft_analysis.directions import (
     direction_correlation,
 )
 from peft_analysis.errors import UpdateError
+from peft_analysis.forensics import EditTrace, trace
 from peft_analysis.intruders import Intruders, IntruderSide, intruders
 from peft_analysis.matrix_verdict import MatrixVerdict
+from peft_analysis.merging import KarcherMean, karcher_mean, linear_merge_error, merge
 from peft_analysis.mitigation import intruder_part, mitigate
 from peft_analysis.noise import NoiseEdge, RankEstimate, noise_edge, true_rank
 from peft_analysis.rank_path import RankPath, effective_rank_slope, rank_path
@@ -25,11 +28,14 @@ from peft_analysis.verdict import Verdict, verdict
 
 __all__ = [
     "BaseSVD",
+    "Comparison",
     "DirectionChange",
     "DirectionCorrelation",
+    "EditTrace",
     "Entry",
     "IntruderSide",
     "Intruders",
+    "KarcherMean",
     "MatrixVerdict",
     "NoiseEdge",
     "RankEstimate",
@@ -42,11 +48,15 @@ __all__ = [
     "WeightUpdate",
     "Weights",
     "analyse",
+    "compare",
     "direction_change",
     "direction_correlation",
     "effective_rank_slope",
     "intruder_part",
     "intruders",
+    "karcher_mean",
+    "linear_merge_error",
+    "merge",
     "mitigate",
     "noise_edge",
     "overlap",
@@ -56,6 +66,7 @@ __all__ = [
     "read_update",
     "singular_values",
     "spectrum",
+    "trace",
     "true_rank",
     "verdict",
 ]
