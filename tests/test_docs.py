@@ -7,6 +7,7 @@ import pytest
 
 import geoedit
 import manifolds
+import peft_analysis
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
 PRELUDE = """
@@ -42,7 +43,7 @@ def test_guide_runs(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page}.md, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("floor", ["manifolds", "geoedit"])
+@pytest.mark.parametrize("floor", ["manifolds", "peft_analysis", "geoedit"])
 def test_architecture_names_every_module(floor):
     text = (GUIDE.parent / "architecture.md").read_text()
     package = GUIDE.parents[1] / floor
@@ -51,7 +52,7 @@ def test_architecture_names_every_module(floor):
     assert [name for name in names if name.strip("/") not in hidden and f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("floor", [manifolds, geoedit])
+@pytest.mark.parametrize("floor", [manifolds, peft_analysis, geoedit])
 def test_api_page_lists_every_public_name(floor):
     text = (GUIDE.parent / "api" / f"{floor.__name__}.md").read_text()
     assert [name for name in floor.__all__ if f"`{name}`" not in text] == []
