@@ -22,7 +22,7 @@ def output_times() -> int:
         inner.out_proj.weight.zero_()
         layer = MultiheadAttention(inner, "one", LoraConfig(r=1, lora_alpha=1), r=1, lora_alpha=1)
         projection = inner.out_proj
-        projection.lora_A["one"].weight.fill_(1.0)  # type: ignore[index, operator, union-attr]
-        projection.lora_B["one"].weight.fill_(1.0)  # type: ignore[index, operator, union-attr]
+        projection.lora_A["one"].weight.fill_(1.0)  # type: ignore[index, union-attr]
+        projection.lora_B["one"].weight.fill_(1.0)  # type: ignore[index, union-attr]
         layer.merge()
         return round(float(projection.get_base_layer().weight))  # type: ignore[operator]

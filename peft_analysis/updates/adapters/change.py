@@ -97,4 +97,6 @@ def _sum(first: LowRank | Tensor, second: LowRank | Tensor) -> LowRank | Tensor:
     if isinstance(first, LowRank) and isinstance(second, LowRank):
         wider = torch.promote_types(first.dtype, second.dtype)
         return first.to(wider) + second.to(wider)
-    return _added(second, first) if isinstance(first, LowRank) else _added(first, second)
+    if isinstance(first, LowRank):
+        first, second = second, first
+    return _added(first, second)  # type: ignore[arg-type]

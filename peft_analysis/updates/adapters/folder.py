@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from peft_analysis.errors import UpdateError
+from peft_analysis.updates.adapters.foundation import present
 from peft_analysis.updates.files import Stored, open_file, read_json
 
 CONFIG = "adapter_config.json"
@@ -59,7 +60,7 @@ def check_finite(tensors: Mapping[str, Stored], source: str) -> None:
     wrong = [
         name
         for name, stored in tensors.items()
-        if stored.dtype.is_floating_point and not bool(torch.isfinite(stored.read()).all())
+        if stored.dtype.is_floating_point and not bool(torch.isfinite(present(stored.read(), name)).all())
     ]
     if wrong:
         raise UpdateError(f"{source}: NaN or infinite values in {listed(wrong)}")

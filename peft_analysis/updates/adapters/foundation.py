@@ -69,11 +69,19 @@ class Foundation:
             raise UpdateError(f"{name}: the base's weights are needed; give them: read_update(base, tuned)")
         if name not in self.weights:
             raise UpdateError(f"{name} is not in {self.source}; is this the base of the adapter?")
-        return self.weights[name]
+        return present(self.weights[name], name)
 
     def placed(self, value: Tensor) -> Tensor:
         """An adapter's tensor where the base is, in float32 or float64."""
+        value = present(value, "a tensor of the adapter")
         return wide(value.to(self._device) if self._device is not None else value)
+
+
+def present(value: Tensor, name: str) -> Tensor:
+    """The tensor itself, or an `UpdateError` if it has no values."""
+    if value.is_meta:
+        raise UpdateError(f"{name} has no values (meta device); load the model without offloading")
+    return value
 
 
 def wide(value: Tensor) -> Tensor:

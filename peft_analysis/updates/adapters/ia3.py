@@ -1,5 +1,6 @@
 """(IA)³ (Liu et al. 2022): outputs, or inputs of feed-forward layers, times a trained vector."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 
@@ -23,14 +24,12 @@ def changes(part: Part, foundation: Foundation) -> Iterator[Change]:
     """
     stored = part.tensors["ia3_l"]
     if foundation.weights is None:
-        shape, layout = torch.Size(), "out_in"
-    elif part.weight not in foundation:
+        raise UpdateError(f"{part.weight}: (IA)³ scales given weights; give the base")
+    if part.weight not in foundation:
         raise UpdateError(f"{part.weight} is not in {foundation.source}")
-    else:
-        shape, layout = foundation.weights.shape(part.weight), foundation.weights.layout(part.weight)
+    shape, layout = foundation.weights.shape(part.weight), foundation.weights.layout(part.weight)
     outputs = scales_outputs(part)
-    if foundation.weights is not None:
-        _along(stored.shape.numel(), shape, layout, outputs, part)
+    _along(stored.shape.numel(), shape, layout, outputs, part)
     yield Change(
         name=part.weight,
         shape=shape,
@@ -53,8 +52,6 @@ def changes(part: Part, foundation: Foundation) -> Iterator[Change]:
 
 def scales_outputs(part: Part) -> bool:
     """Whether the vector scales a layer's outputs; a feed-forward layer's scales the inputs."""
-    import re
-
     if part.layer is not None:
         return not part.layer.is_feedforward
     feedforward = part.settings.get("feedforward_modules") or []

@@ -33,8 +33,8 @@ def core(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel, adapters included."""
     if not hasattr(model, "peft_config") or not isinstance(getattr(model, "base_model", None), nn.Module):
         return model
-    inner = model.base_model
-    return inner.model if hasattr(inner, "peft_config") and hasattr(inner, "model") else model
+    inner = getattr(model.base_model, "model", None)
+    return inner if hasattr(model.base_model, "peft_config") and isinstance(inner, nn.Module) else model
 
 
 def places(module: nn.Module, base: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -141,6 +141,7 @@ def saved(model: nn.Module, chosen: Collection[str] | None) -> Iterator[tuple[st
     from peft.utils.other import ModulesToSaveWrapper
 
     for path, module in places(core(model)):
+        copies: Any
         if isinstance(module, ModulesToSaveWrapper):
             adapters = list(chosen) if chosen is not None else list(module.active_adapters)
             kind, copies = "modules_to_save", module.modules_to_save
@@ -152,7 +153,7 @@ def saved(model: nn.Module, chosen: Collection[str] | None) -> Iterator[tuple[st
         for adapter in adapters:
             if adapter not in copies:
                 continue
-            trained = (
+            trained: Any = (
                 module.base_layer if adapter in getattr(module, "merged_adapters", ()) else copies[adapter]
             )
             for name, value in (*trained.named_parameters(), *_buffers(trained, recurse=True)):
@@ -190,6 +191,7 @@ def part_of(layer: Any, path: str, adapter: str, settings: Mapping[str, Any], ti
         parameter=parameter,
         times=times,
         layer=layer,
+        adapter=adapter,
     )
 
 
@@ -278,13 +280,13 @@ def _unmerged(layer: Any, inner: str, name: str) -> Tensor:
     if not comes_back(layer):
         raise UpdateError("OSF changes merged weights for good; give the base as it was")
     single = copy.deepcopy(layer, computed(layer))
-    module = single
+    module: Any = single
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         while isinstance(module, BaseTunerLayer):  # one kind of adapter may wrap another
             if module.merged:
                 module.unmerge()
-            module = module.base_layer
+            module = module.base_layer  # type: ignore[attr-defined]
     if inner:
         module = module.get_submodule(inner)
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

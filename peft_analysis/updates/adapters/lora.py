@@ -83,7 +83,7 @@ def scaling_in(part: Part) -> float:
 def details(part: Part) -> dict[str, Any]:
     """Rank, α and s of a module, for `Entry.details`."""
     if part.layer is not None:
-        alpha = next(iter(part.layer.lora_alpha.values()), None)
+        alpha = float(part.layer.lora_alpha[part.adapter])
     else:
         alpha = alpha_of(part.settings, part.patterned)
     return {"rank": part.tensors[roles(part)[0]].shape[0], "alpha": alpha, "scaling": scaling_in(part)}

@@ -26,6 +26,7 @@ class Part:
         parameter: of the module, the one that is adapted.
         times: how often peft applies it; see `output_times`.
         layer: peft's own layer, where the adapter is live.
+        adapter: its name there.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Part:
     parameter: str = "weight"
     times: int = 1
     layer: Any = None
+    adapter: str | None = None
 
     @property
     def weight(self) -> str:

@@ -47,6 +47,15 @@ class _Collected:
             found[name if apart else self.foundation.name(name)] += steps
         return found
 
+    def check(self, path: str, tensors: Mapping[str, Stored]) -> bool:
+        """Whether all values are finite."""
+        try:
+            files.check_finite(tensors, path)
+        except UpdateError as error:
+            self.wrong.append(str(error))
+            return False
+        return True
+
     def refuse_quantised(self) -> None:
         """Raises an `UpdateError` where the base's numbers are codes, to which nothing can be added."""
         coded = self.foundation.quantised()
@@ -75,7 +84,9 @@ def from_folder(base: "nn.Module | Weights | None", path: Path) -> WeightUpdate:
     settings = files.read_settings(path)
     kind = kinds.kind_of(settings)
     tensors = files.read_tensors(path)
-    foundation = live.own_base(base) if _injected(base) else Foundation.of(base)
+    foundation = Foundation.of(base)
+    if isinstance(base, nn.Module) and live.is_live(base):
+        foundation = live.own_base(base)
     collected = _Collected(foundation, f"the {kind} adapter {path}")
     collected.refuse_quantised()
     if kinds.has_formula(kind, settings) and not settings.get("target_parameters"):
@@ -89,9 +100,12 @@ def from_model(
     base: "nn.Module | Weights | None", model: nn.Module, chosen: Sequence[str] | None
 ) -> WeightUpdate:
     """The update of the adapters in a live model; see `read_adapter`."""
+    settings = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    for name, one in settings.items():
+        if chosen is None or name in chosen:
+            kinds.kind_of(one)
     if not live.is_live(model):
         raise UpdateError(f"{type(model).__name__} has no adapters in it; were they merged and unloaded?")
-    settings = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     unknown = sorted(set(chosen or ()) - settings.keys())
     if unknown:
         raise UpdateError(f"there is no adapter {listed(unknown)}; the model has {listed(settings)}")
@@ -107,13 +121,14 @@ def from_model(
         collected.source += f" upon the base inside it, from which {listed(taken)} took its start"
     merged = _live_parts(model, settings, chosen, collected)
     for name, kind, stored in live.saved(model, chosen):
+        collected.check(name, {name: stored})
         collected.add(whole.changes(name, stored, foundation, kind))
     if not inside:
         own = live.own_base(model)
         collected.add(live.moved(own, foundation, {own.name(name): back for name, back in merged.items()}))
     if inside and any(one.get("bias", "none") != "none" for one in working):
         collected.wrong.append(
-            "biases were trained in place, and the model does not hold what they were; give the base as it was"
+            "biases were trained in place, and what they were is not in the model; give the base as it was"
         )
     return collected.update()
 
@@ -222,16 +237,12 @@ def _live_parts(
             part = live.part_of(
                 layer, path, adapter, settings.get(adapter, {}), output_times() if path in doubled else 1
             )
-            if part is None:
+            if part is None or not collected.check(path, part.tensors):
                 continue
             if whole.TOKENS in part.tensors:
                 collected.add(whole.tokens(part, foundation))
                 continue
-            try:
-                kind = kinds.kind_of(part.settings)
-            except UpdateError as error:
-                collected.wrong.append(str(error))
-                continue
+            kind = kinds.kind_of(part.settings)
             if kind == "LN_TUNING":
                 continue  # its values are among those stored whole
             if kinds.has_formula(kind, part.settings):

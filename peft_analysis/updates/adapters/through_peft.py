@@ -116,10 +116,12 @@ def known(kind: str) -> tuple[str, bool]:
     """
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    if kind not in PEFT_TYPE_TO_TUNER_MAPPING:
+    known_kinds = {name.value: name for name in PEFT_TYPE_TO_TUNER_MAPPING}
+    if kind not in known_kinds:
         raise UpdateError(f"{kind} is no kind that the installed peft knows; is a newer one needed?")
-    shares = bool(getattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "uses_shared_state", False))
-    return PEFT_TYPE_TO_PREFIX_MAPPING[kind], shares or kind in SHARING
+    name = known_kinds[kind]
+    shares = bool(getattr(PEFT_TYPE_TO_TUNER_MAPPING[name], "uses_shared_state", False))
+    return PEFT_TYPE_TO_PREFIX_MAPPING[name], shares or kind in SHARING
 
 
 def sorted_out(
@@ -252,7 +254,7 @@ def module_at(path: str, foundation: Foundation) -> nn.Module:
         UpdateError: if the base has no such module.
     """
     names = {name: f"{path}.{name}" for name in ("weight", "bias") if f"{path}.{name}" in foundation}
-    if "weight" not in names:
+    if "weight" not in names or foundation.weights is None:
         raise UpdateError(f"{path}.weight is not in {foundation.source}")
     values = {
         name: nn.Parameter(foundation.stored(full), requires_grad=False) for name, full in names.items()
@@ -278,7 +280,7 @@ def _like(weight: Tensor, layout: str, bias: bool) -> nn.Module:
             return nn.Embedding(shape[0], shape[1])
         if len(shape) == 2:
             return nn.Linear(shape[1], shape[0], bias=bias)
-        kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+        kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
         return kind(shape[1], shape[0], tuple(shape[2:]), bias=bias)
 
 
@@ -296,7 +298,7 @@ def _config(settings: Mapping[str, Any], targets: Collection[str] | None) -> Any
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[str(settings["peft_type"])]
+    kind = {name.value: one for name, one in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[str(settings["peft_type"])]
     known = {field.name for field in fields(kind) if field.init}
     given = dict(settings)
     given |= dict.fromkeys(

@@ -178,6 +178,7 @@ def test_what_needs_the_base_asks_for_it(tmp_path):
         refused(None, folder, "base")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_are_read_only_without_code(lora, tmp_path):
     base = built("net")
     expected = read_adapter(base, lora).dense("line.weight")
@@ -262,3 +263,20 @@ def test_a_direction_that_is_not_defined(tmp_path):
     update = read_adapter(base, saved(model, tmp_path))
     with pytest.raises(UpdateError, match="row of zeros"):
         update["line.weight"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+def test_a_live_model_is_refused_as_its_folder_is():
+    model = tuned(built("net"), peft.LoraConfig(r=2, target_modules=["line"]))
+    model.base_model.model.line.lora_A["default"].weight.data[0, 0] = float("nan")
+    refused(None, model, "line: NaN or infinite values in lora_A.weight")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refused(None, peft.get_peft_model(built("llama"), config), "PROMPT_TUNING is no change of weights")
+
+
+def test_weights_that_are_elsewhere(lora):
+    model = tuned(built("net"), peft.LoraConfig(r=2, target_modules=["line"], use_dora=True))
+    elsewhere = built("net")
+    elsewhere.line.to("meta")
+    with pytest.raises(UpdateError, match=r"line.weight has no values \(meta device\)"):
+        read_adapter(elsewhere, saved(model, lora))["line.weight"]
