@@ -28,11 +28,19 @@ TORCH = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape and dtype, and how to read it."""
+    """A tensor in a file: its shape and dtype, and how to read it.
+
+    Attributes:
+        shape: its shape.
+        dtype: the dtype that it is stored in.
+        read: gives its values.
+        mapped: whether `read` maps the file, so that rows that are not looked at take no memory.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def _open_safetensors(path: Path) -> TensorFile:
                 if kind not in DTYPES:
                     raise UpdateError(f"{path}: {name} is stored as {kind}; convert it to a dtype of torch")
                 tensors[name] = Stored(
-                    torch.Size(piece.get_shape()), DTYPES[kind], partial(_read_safetensors, path, name)
+                    torch.Size(piece.get_shape()), DTYPES[kind], partial(_read_safetensors, path, name), True
                 )
             return TensorFile(tensors, path, dict(file.metadata() or {}))
     except (SafetensorError, OSError) as broken:
@@ -146,7 +154,12 @@ def _open_torch(path: Path) -> TensorFile:
     content = _load_torch(path, mapped)
     keep = None if mapped else content  # the old format cannot be mapped: it is read once, as a whole
     tensors = {
-        name: Stored(value.shape, value.dtype, value.detach if keep else partial(_read_torch, path, name))
+        name: Stored(
+            value.shape,
+            value.dtype,
+            value.detach if keep is not None else partial(_read_torch, path, name),
+            mapped,
+        )
         for name, value in content.items()
     }
     return TensorFile(tensors, path)

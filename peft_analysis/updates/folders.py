@@ -74,6 +74,7 @@ def weights_of(stored: TensorFile, model: nn.Module | None = None) -> Weights:
         skipped={**parts.skipped, **skipped},
         ignored=parts.ignored,
         model=model,
+        mapped=frozenset(name for name, value in kept.items() if value.mapped),
     )
 
 

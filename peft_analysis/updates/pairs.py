@@ -1,7 +1,7 @@
 """The update between two full checkpoints: tuned minus base, parameter by parameter."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from peft_analysis.updates.vocabularies import check_vocabularies
 from peft_analysis.updates.weight_update import WeightUpdate
 from peft_analysis.updates.weights import Weights
 
+BLOCK = 2**24  # entries that are widened at a time
 ROWS = re.compile(r"(^|[._])(wte|wpe|embed\w*|embeddings?|lm_head|embed_out|output|decoder)\.(weight|bias)$")
 
 
@@ -56,7 +57,7 @@ def read_pair(base: Weights, tuned: Weights, *, chosen: Chosen | None = None) ->
             else:
                 wrong.append(f"{name} is stored as {_both(*dtypes)}, which is no plain number")
             continue
-        read = partial(_difference, name, partial(base.__getitem__, name), partial(tuned.__getitem__, theirs))
+        read = partial(_difference, base, tuned, name, theirs)
         entries[name] = Entry(
             shapes[0],
             read,
@@ -163,18 +164,27 @@ def _rows(before: int, after: int) -> dict[str, Any]:
     }
 
 
-def _difference(name: str, base: Callable[[], Tensor], tuned: Callable[[], Tensor]) -> Tensor:
-    before, after = base(), tuned()
-    wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-    after = after.to(before.device)
-    if before.shape == after.shape:
-        found = after.to(wide, copy=True).sub_(before.to(wide))
+def _difference(base: Weights, tuned: Weights, name: str, theirs: str) -> Tensor:
+    """Tuned minus base in the rows in common, block by block, so that only the result is there as a whole."""
+    shape = base.shape(name)
+    wide = torch.float32
+    for dtype in (base.dtype(name), tuned.dtype(theirs)):
+        wide = torch.promote_types(wide, dtype)
+    if not shape:
+        found = tuned[theirs].to(base[name].device, wide) - base[name].to(wide)
     else:
-        found = torch.zeros(before.shape, dtype=wide, device=before.device)
-        rows = min(before.shape[0], after.shape[0])
-        found[:rows] = after[:rows].to(wide) - before[:rows].to(wide)
+        count = max(1, BLOCK // max(1, shape[1:].numel()))
+        begin, whole = 0, None
+        for before, after in zip(base.rows(name, count), tuned.rows(theirs, count), strict=False):
+            if whole is None:
+                whole = torch.zeros(shape, dtype=wide, device=before.device)
+            rows = min(len(before), len(after))
+            whole[begin : begin + rows].copy_(after[:rows]).sub_(before[:rows].to(wide))
+            begin += rows
+            del before, after
+        found = torch.zeros(shape, dtype=wide, device=base[name].device) if whole is None else whole
     if not torch.isfinite(found.sum()) and not torch.isfinite(found).all():
-        found = _without_equal_infinities(name, found, before, after)
+        found = _without_equal_infinities(name, found, base[name], tuned[theirs].to(found.device))
     return found
 
 

@@ -48,6 +48,7 @@ class Weights(Mapping[str, Tensor]):
         skipped: Mapping[str, str] | None = None,
         ignored: Sequence[str] = (),
         model: nn.Module | None = None,
+        mapped: frozenset[str] = frozenset(),
     ) -> None:
         self._readers = dict(readers)
         self._shapes = dict(shapes)
@@ -60,6 +61,7 @@ class Weights(Mapping[str, Tensor]):
         self.skipped = dict(skipped or {})
         self.ignored = tuple(ignored)
         self.model = model
+        self._mapped = mapped
 
     @classmethod
     def of(
@@ -147,6 +149,13 @@ class Weights(Mapping[str, Tensor]):
         """The name under which a parameter is listed: itself, unless it is tied to another."""
         return name if name in self._readers else self.tied.get(name, name)
 
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """A parameter in blocks of so many rows; of a file that is mapped, only one block is in memory."""
+        name = self.name_of(name)
+        value = None if name in self._mapped else self[name]
+        for begin in range(0, self._shapes[name][0], count):
+            yield (self[name] if value is None else value)[begin : begin + count]
+
     def shape(self, name: str) -> torch.Size:
         """The shape of a parameter, without reading it."""
         return self._shapes[self.name_of(name)]
@@ -179,6 +188,7 @@ class Weights(Mapping[str, Tensor]):
             tokens=frozenset(new(name) for name in self.tokens),
             skipped={new(name): reason for name, reason in self.skipped.items()},
             ignored=self.ignored,
+            mapped=frozenset(new(name) for name in self._mapped),
         )
 
     def plus(self, update: "WeightUpdate") -> "Weights":
@@ -235,6 +245,7 @@ class Weights(Mapping[str, Tensor]):
             tokens=frozenset().union(*(weights.tokens for weights in named)),
             skipped=merged("skipped"),
             ignored=[pattern for weights in named for pattern in weights.ignored],
+            mapped=frozenset().union(*(weights._mapped for weights in named)),
         )
 
     def why_skipped(self, name: str) -> str | None:

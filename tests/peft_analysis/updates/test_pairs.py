@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_analysis.errors import UpdateError
+from peft_analysis.updates import pairs
 from peft_analysis.updates.read import read_update
 from peft_analysis.updates.weights import Weights
 from tests.conftest import build_gpt2, build_llama
@@ -246,3 +247,26 @@ def test_the_same_checkpoint_twice_changes_nothing():
     update = read_update(base, copy.deepcopy(base))
     assert len(update) == 6 and all(bool((value == 0).all()) for value in update.values())
     assert len(update.changed()) == 0
+
+
+@pytest.mark.parametrize("block", [1, 7, 10**6])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "memory"])
+@pytest.mark.parametrize("rows", [9, 12, 5])
+def test_differences_taken_block_by_block(block, suffix, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "BLOCK", block)
+    base = {"embed.weight": torch.randn(9, 3), "norm": torch.randn(4)}
+    tuned = {"embed.weight": torch.randn(rows, 3).bfloat16(), "norm": torch.randn(4)}
+    sources = []
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "safetensors":
+            save_file(tensors, path)
+        elif suffix == "bin":
+            torch.save(tensors, path)
+        sources.append(tensors if suffix == "memory" else path)
+    update = read_update(*sources)
+    both = min(rows, 9)
+    wanted = torch.zeros(9, 3)
+    wanted[:both] = tuned["embed.weight"][:both].float() - base["embed.weight"][:both]
+    assert torch.equal(update["embed.weight"], wanted)
+    assert torch.equal(update["norm"], tuned["norm"] - base["norm"])
