@@ -2,22 +2,26 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
-from peft_analysis.rounding import Rounding, largest_singular_value, storage_dtype
-from peft_analysis.spectrum import check_matrix, gram, singular_values
-
-MARGIN = 0.04  # how far above the simulated edge a singular value must be
-CLEAR = 0.1  # and how far to be counted for certain
-GAP = 2.0  # a last value so many times above the edge ends a spectrum, rather than fading into the noise
-EXPLAINED = 0.25  # an error of reading, over the edge, that leaves a fit of that rank nothing to explain
-DRAWS = 2
+from peft_analysis.noise_nulls import (
+    CLEAR,
+    GAP,
+    MARGIN,
+    Null,
+    Parts,
+    RoundingNull,
+    SignNull,
+    search,
+    several_roundings,
+    what_was_rounded,
+)
+from peft_analysis.spectrum import check_matrix, singular_values
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class NoiseEdge:
             0 where there is no noise.
         interval: the edge is believed between these.
         count: how many singular values of the difference are above the edge.
-        method: "exact" (factors), "simulated rounding" (base and dtype known), "random signs" (the difference
-            alone), or "float arithmetic" (nothing below the components but errors of the last digit).
+        method: "exact" (factors), "simulated rounding" (base known), "random signs" (the difference alone),
+            "random signs (2 roundings)" (base known, and the noise is that of two merges one upon another), or
+            "float arithmetic" (nothing below the components but errors of the last digit).
         first_noise: the largest singular value of the difference below the edge.
         last_signal: the smallest one above it; NaN if there is none.
         hidden: energy of the difference below the edge beyond what noise explains, in units of edge²; NaN
@@ -124,19 +129,26 @@ def noise_edge(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     if base is None and tuned is not None:
         base = tuned.double() - difference.double()
-    model = _model(difference.detach(), base, tuned, rounded, base_rounded) if base is not None else None
+    model = (
+        what_was_rounded(difference.detach(), base, tuned, rounded, base_rounded)
+        if base is not None
+        else None
+    )
     wanted = difference.detach().to(model[1].base.dtype if model is not None else torch.float64)
-    parts = _Parts(wanted, generator)
+    parts = Parts(wanted, generator)
     floor = float(parts.values[0]) * max(shape) * torch.finfo(torch.float32).eps if parts.count else 0.0
     unmoved = float((wanted == 0).double().mean()) if wanted.numel() else 1.0
     if not parts.count or float(parts.values[0]) == 0:
         return NoiseEdge(0.0, (0.0, 0.0), 0, "exact", 0.0, math.nan, 0.0, 0.0, unmoved, parts.values)
-    null: _Null = _RoundingNull(parts, *model) if model is not None else _SignNull(parts)
-    count = _search(parts, null)
-    found = null(count)
-    method = null.method
+    null: Null = RoundingNull(parts, *model) if model is not None else SignNull(parts)
+    count = search(parts, null)
+    found, method = null(count), null.method
     if base is None and found.edge <= floor:
         method = "float arithmetic"
+    several = several_roundings(parts, null, count) if isinstance(null, RoundingNull) else None
+    if several is not None:
+        count, found = several[:2]
+        method = f"random signs ({several[2]} roundings)"
     return NoiseEdge(
         edge=found.edge,
         interval=(found.edge * (1 - MARGIN), found.edge * (1 + MARGIN)),
@@ -231,203 +243,6 @@ def _faded(edge: NoiseEdge) -> int:
         budget -= value**2
         found, value = found + 1, value * ratio
     return max(found, 1)
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What a hypothesis of rank k expects beyond its k components."""
-
-    edge: float
-    hidden: float
-    hidden_error: float
-    unexplained: float = math.inf
-
-
-@runtime_checkable
-class _Null(Protocol):
-    """What a kind of noise expects of a hypothesis."""
-
-    method: str
-
-    def __call__(self, rank: int) -> _Expected: ...
-
-    def first_edge(self) -> float:
-        """An edge to start from."""
-
-
-class _Parts:
-    """The singular value decomposition of a difference, from its smaller Gram matrix in float64."""
-
-    def __init__(self, matrix: Float[Tensor, "m n"], generator: torch.Generator) -> None:
-        self.matrix, self.generator = matrix, generator
-        self.count = min(matrix.shape)
-        self.wide = matrix.shape[0] < matrix.shape[1]
-        tall = matrix.mT if self.wide else matrix
-        scale = tall.abs().amax() if tall.numel() else tall.new_ones(())
-        scale = torch.where(scale > 0, scale, 1.0).double().reshape(1, 1)
-        if not self.count:
-            self.values, self.frame = matrix.new_zeros(0), matrix.new_zeros(0, 0)
-            return
-        squares, frame = torch.linalg.eigh(gram(tall, scale))
-        self.values = (squares.flip(0).clamp_min(0).sqrt() * scale[0]).to(matrix.dtype)
-        self.frame = frame.flip(1).to(matrix.dtype)
-
-    def leading(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """U, σ, V of the leading components, with orthonormal columns."""
-        near = self.frame[:, :rank]
-        tall = self.matrix.mT if self.wide else self.matrix
-        far = torch.linalg.qr(tall @ near)
-        far = far[0] * torch.where(far[1].diagonal() < 0, -1.0, 1.0)
-        left, right = (near, far) if self.wide else (far, near)
-        return left, self.values[:rank], right
-
-    def signs(self, *shape: int) -> Tensor:
-        """Random signs."""
-        drawn = torch.randint(0, 2, shape, generator=self.generator, device=self.generator.device) * 2 - 1
-        return drawn.to(self.matrix)
-
-
-class _RoundingNull:
-    """Expects what rounding makes of a base and an update of rank k; see `noise_edge`."""
-
-    method = "simulated rounding"
-
-    def __init__(self, parts: _Parts, sign: float, rounding: Rounding) -> None:
-        self.parts, self.sign, self.rounding = parts, sign, rounding
-        self.target = sign * parts.matrix
-        self.known: dict[int, _Expected] = {}
-
-    def __call__(self, rank: int) -> _Expected:
-        if rank not in self.known:
-            self.known[rank] = self._simulate(rank)
-        return self.known[rank]
-
-    def _simulate(self, rank: int) -> _Expected:
-        left, values, right = self.parts.leading(rank)
-        left, values, right = self.rounding.fit(self.target, self.sign * left, values, right)
-        unexplained = math.inf
-        if self.rounding.aligned and rank:
-            rest = self.target - self.rounding.read((left * values) @ right.mT)
-            unexplained = self._largest(rest, left[:, :0], right[:, :0])
-        edges, energies, spread = [], [], 0.0
-        for _ in range(DRAWS):
-            signed = values * self.parts.signs(rank)
-            read = self.rounding.read((left * signed) @ right.mT)
-            inner = right
-            for _ in range(2 if rank else 0):
-                outer = torch.linalg.qr(read @ inner)[0]
-                inner = torch.linalg.qr(read.mT @ outer)[0]
-            outer = torch.linalg.qr(read @ inner)[0]
-            rest = read - outer @ (outer.mT @ read)
-            rest = rest - (rest @ inner) @ inner.mT
-            edges.append(self._largest(rest, outer, inner))
-            squares = rest.square()
-            energies.append(float(squares.sum(dtype=torch.float64)))
-            spread = float(squares.square().sum(dtype=torch.float64)) ** 0.5
-        edge, energy = max(edges), sum(energies) / DRAWS
-        left_over = float(self.parts.values[rank:].double().square().sum())
-        unit = edge**2 if edge > 0 else math.inf
-        return _Expected(edge, (left_over - energy) / unit, spread / unit, unexplained)
-
-    def first_edge(self) -> float:
-        """That of evenly spread errors; where entries do not move, the noise is less."""
-        rest = self.rounding.dithered(self.parts.generator)
-        return self._largest(rest, rest[:, :0], rest.mT[:, :0])
-
-    def _largest(self, rest: Tensor, left: Tensor, right: Tensor) -> float:
-        return largest_singular_value(rest, left, right, generator=self.parts.generator)
-
-
-class _SignNull:
-    """Expects what the residual beyond k components gives with the signs of its entries drawn anew."""
-
-    method = "random signs"
-
-    def __init__(self, parts: _Parts) -> None:
-        self.parts = parts
-        self.known: dict[int, _Expected] = {}
-
-    def __call__(self, rank: int) -> _Expected:
-        if rank not in self.known:
-            self.known[rank] = _Expected(self._edge(rank), math.nan, math.nan)
-        return self.known[rank]
-
-    def first_edge(self) -> float:
-        """That of the whole difference, which is too high."""
-        return self(0).edge
-
-    def _edge(self, rank: int) -> float:
-        left, values, right = self.parts.leading(rank)
-        rest = self.parts.matrix - (left * values) @ right.mT
-        rows, columns = rest.shape
-        if rank >= min(rows, columns):
-            return 0.0
-        none = rest.new_zeros(rows, 0), rest.new_zeros(columns, 0)
-        edges = []
-        for _ in range(DRAWS):
-            drawn = rest * self.parts.signs(*rest.shape)
-            edges.append(largest_singular_value(drawn, *none, generator=self.parts.generator))
-        kept_rows, kept_columns = 1 - rank / rows, 1 - rank / columns
-        corner = math.sqrt(rows - rank) + math.sqrt(columns - rank)
-        corner = corner / (math.sqrt(rows) + math.sqrt(columns)) / math.sqrt(kept_rows * kept_columns)
-        return max(edges) * corner
-
-
-def _search(parts: _Parts, null: _Null) -> int:
-    """The smallest rank that is enough: from a guess up by doubled steps, or down, then by halving."""
-
-    def enough(rank: int) -> bool:
-        if rank >= parts.count:
-            return True
-        expected = null(rank)
-        if expected.edge == 0:
-            return float(parts.values[rank]) == 0
-        ratio, reads = float(parts.values[rank]) / expected.edge, expected.unexplained / expected.edge
-        return ratio <= 1 + MARGIN or (ratio <= 1 + CLEAR and reads <= 1) or reads <= EXPLAINED
-
-    guess = int((parts.values > null.first_edge() * (1 + MARGIN)).sum())
-    step, short, fine = 1, -1, parts.count
-    if enough(guess):
-        fine = guess
-        while fine > 0 and short < 0:
-            lower = max(fine - step, 0)
-            short, fine = (short, lower) if enough(lower) else (lower, fine)
-            step *= 2
-    else:
-        short = guess
-        while short + step < parts.count and not enough(short + step):
-            short, step = short + step, 2 * step
-        fine = min(short + step, parts.count)
-    while fine - short > 1:
-        middle = (short + fine) // 2
-        short, fine = (short, middle) if enough(middle) else (middle, fine)
-    return fine
-
-
-def _model(
-    difference: Tensor,
-    base: Tensor,
-    tuned: Tensor | None,
-    rounded: torch.dtype | None,
-    base_rounded: torch.dtype | None,
-) -> tuple[float, Rounding]:
-    """What was rounded, and the sign of the update: the tuned values, or the base's if they are the coarser.
-
-    A base that was rounded is the tuned values less the update, rounded.
-    """
-    exact = base.detach().double()
-    after = tuned.detach().double() if tuned is not None else exact + difference.double()
-    slack = 0.0 if tuned is not None else torch.finfo(torch.float32).eps * (exact.abs() + difference.abs())
-    rounded = storage_dtype(after, rounded, slack=slack)
-    base_rounded = storage_dtype(exact, base_rounded)
-    if torch.finfo(base_rounded).eps > torch.finfo(rounded).eps:
-        return -1.0, _rounding(after, base_rounded)
-    return 1.0, _rounding(exact, rounded)
-
-
-def _rounding(base: Float[Tensor, "m n"], dtype: torch.dtype) -> Rounding:
-    work = torch.float32 if torch.finfo(dtype).eps > 1e-5 else torch.float64
-    return Rounding(base.to(work), dtype, bool((base.to(dtype).to(base.dtype) == base).all()))
 
 
 def _exact(difference: LowRank) -> NoiseEdge:
