@@ -46,10 +46,10 @@ def problem(settings: Settings, size: float) -> tuple[Any, Tensor, LowRank]:
     generator = torch.Generator().manual_seed(settings.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = nn.Sequential(nn.Linear(n, n, bias=False)).requires_grad_(False)
+        model: Any = nn.Sequential(nn.Linear(n, n, bias=False)).requires_grad_(False)
         weight = torch.randn(n, n, generator=generator) / n**0.5 / 2
         model[0].weight.copy_(weight)
-        tuned = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=["0"]))
+        tuned: Any = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=["0"]))
     B, A = torch.randn(n, r, generator=generator) / n**0.5, torch.randn(r, n, generator=generator) / n**0.5
     layer = tuned.base_model.model[0]
     with torch.no_grad():
@@ -76,7 +76,9 @@ def run(settings: Settings | None = None) -> list[dict[str, Any]]:
         def theirs(tuned: Any = tuned, lines: list[str] = lines) -> None:
             lines.clear()
             if "intruder_reduced" in tuned.peft_config:
-                tuned.delete_adapter("intruder_reduced")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    tuned.delete_adapter("intruder_reduced")
             reduce_intruder_dimension(tuned, logging_sink=lines.append)
 
         def ours(weight: Tensor = weight, update: LowRank = update, scan: bool = work == "scan") -> object:

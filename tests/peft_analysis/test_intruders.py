@@ -177,17 +177,19 @@ def test_the_count_is_that_of_the_singular_values(m, n, device):
         assert rotated.count(level**2) == int((dense > level).sum())
 
 
-def test_a_start_without_the_right_directions_is_not_certified(device):
-    W, update = problem(240, 240, 3, 30.0, device=device)
-    rotated = Rotated.of(BaseSVD.of(W), update)
-    blind = Rotated(rotated.d, rotated.X * 0, rotated.Y * 0, 1.0, 0.0)
-    squares, vectors = blind._ritz(blind.border(), 60, vectors_of_nothing(W), 15)
+def test_exact_vectors_are_not_certified_while_a_larger_one_is_missing(device):
+    W, _ = problem(240, 240, 1, 1.0, device=device)
+    base = BaseSVD.of(W)
+    hidden = LowRank(5 * base.U[:, 150:151], base.V[:, 150:151].mT)
+    rotated = Rotated.of(base, hidden)
+    squares = rotated.d[:15].square()
+    vectors = torch.eye(240, 15, dtype=W.dtype, device=device)
     image = rotated.times(vectors)
-    assert rotated._certified(10, squares, vectors, image, rotated.back(image) - vectors * squares) is None
-
-
-def vectors_of_nothing(W):
-    return W.new_zeros(len(W) - 60, 0)
+    residual = rotated.back(image) - vectors * squares
+    assert float(residual.norm()) < 1e-12
+    assert rotated._certified(10, squares, vectors, image, residual) is None
+    found = rotated.top(10)
+    assert found is not None and float(found.values[0]) == pytest.approx(5 + float(base.S[150]))
 
 
 @pytest.mark.parametrize("epsilon", [0.2, 0.5, 0.8])
