@@ -34,7 +34,7 @@ class NoiseEdge:
         interval: the edge is believed between these.
         count: how many singular values of the difference are above the edge.
         method: "exact" (factors), "simulated rounding" (base known), "random signs" (the difference alone),
-            "random signs (2 roundings)" (base known, and the noise is that of two merges one upon another), or
+            "random signs (2 roundings)" (base known, the noise that of two merges one upon another), or
             "float arithmetic" (nothing below the components but errors of the last digit).
         first_noise: the largest singular value of the difference below the edge.
         last_signal: the smallest one above it; NaN if there is none.
