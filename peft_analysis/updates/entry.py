@@ -31,10 +31,10 @@ class Entry:
     """
 
     shape: torch.Size
-    read: Callable[[], "LowRank | Tensor"]
+    read: Callable[[], "LowRank | Tensor"] = field(repr=False)
     kind: str = "difference"
     layout: Layout = "out_in"
     rounded: torch.dtype | None = None
     base_rounded: torch.dtype | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-    magnitude: Callable[[], Tensor] | None = None
+    magnitude: Callable[[], Tensor] | None = field(default=None, repr=False)
