@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manifolds import LowRank
-from peft_analysis.base_svd import BaseSVD, SVDCache, rounding
+from peft_analysis.base_svd import BaseSVD, SVDCache
 from peft_analysis.errors import UpdateError
 from peft_analysis.intruders import decomposed, fitting
 from peft_analysis.rotated import rotated_matrix
@@ -53,7 +53,8 @@ def rank_path(
     Formula: with p = σ / Σσ and H = −Σ p log p, erank = exp H (Roy and Vetterli 2007), and from σ̇ᵢ = uᵢᵀΔW vᵢ
     d erank / dt = −erank Σᵢ (log pᵢ + H) uᵢᵀ ΔW vᵢ / Σσ: an update that strengthens values with
     pᵢ > exp(−H) lowers the rank. Where a value is zero, the derivative is that for rising t: +∞ if ΔW acts
-    between the null spaces, else it has no part. One decomposition a step, in the base's singular basis.
+    between the null spaces, else it has no part. (A matrix of deficient rank that was rounded has small
+    values there, no zeros; its slope is that of the rounded matrix.) One decomposition a step.
 
     Args:
         base_matrix: W (m, n) as (out, in); more dimensions are flattened to (m, ·).
@@ -69,7 +70,7 @@ def rank_path(
     if not steps or not all(math.isfinite(step) for step in steps):
         raise UpdateError(f"t is {steps}; at least one finite number is needed")
     base, change = _rotated(base_matrix, update_matrix, base_svd, cache)
-    zero = rounding(base.shape, base.S.dtype)
+    zero = _zero(base)
     start = torch.zeros_like(change)
     start[: len(base.S)] = base.S.double().diag()
     taken = [_step(start, change, step, zero) for step in steps]
@@ -99,14 +100,19 @@ def effective_rank_slope(
         moves = (inner.double() * outer.mT.double()).sum(1)
     else:
         moves = (U * (update_matrix.to(U.dtype) @ V)).double().sum(0)
-    null = values <= base.zero
+    null = values <= _zero(base) * values[0]
     fills = False
     if bool(null.any()):
         size = float(update_matrix.norm())
         outside = update_matrix.to(U.dtype) @ V[:, null]
         outside = outside - U[:, ~null] @ (U[:, ~null].mT @ outside)
-        fills = float(outside.norm()) > rounding(base.shape, U.dtype) * size
+        fills = float(outside.norm()) > 1e-6 * size
     return _slope(values, moves, null, fills)[1]
+
+
+def _zero(base: BaseSVD) -> float:
+    """Values this small, over the largest, are zeros: a small value has a slope, a zero has none."""
+    return max(base.shape) * torch.finfo(torch.float64).eps
 
 
 def _rotated(
@@ -131,7 +137,7 @@ def _step(start: Tensor, change: Tensor, t: float, zero: float) -> tuple[Tensor,
     fills = False
     if bool(null.any()):
         outside = turned[:, null] - left[:, ~null] @ (left[:, ~null].mT @ turned[:, null])
-        fills = float(outside.norm()) > zero * float(size)
+        fills = float(outside.norm()) > 1e-6 * float(size)
     return _slope(values, (left * turned).sum(0), null, fills)
 
 

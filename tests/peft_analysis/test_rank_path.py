@@ -98,6 +98,16 @@ def test_lower_precision_and_a_base_with_an_outlier(dtype, device):
     assert bool(path.slope.isfinite().all())
 
 
+def test_a_small_value_is_no_zero(device):
+    """Trained weights have values below ε₃₂ of the largest; those still have a slope."""
+    W = torch.diag(torch.tensor([50.0, 2.0, 1.0, 1e-5], dtype=torch.float32, device=device))
+    change = normal(4, 4, seed=1, dtype=torch.float32, device=device)
+    t = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
+    (wanted,) = torch.autograd.grad(effective_rank(W.double() + t * change.double()), t)
+    assert effective_rank_slope(W, change).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert rank_path(W, change, (0,)).slope.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_what_makes_no_sense_is_refused():
     W = normal(5, 4)
     for call, message in [
