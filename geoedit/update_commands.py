@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from geoedit.errors import EditError
 from geoedit.terminal import AsJson, Device, Quiet, run, writable
+from geoedit.update_inputs import NONE, find_weights, read_lines, read_numbers, read_side
+from geoedit.update_tables import tell, tell_trace
 
 if TYPE_CHECKING:
-    from peft_analysis import Report, WeightUpdate
+    from peft_analysis import WeightUpdate
 
 app = typer.Typer()
 
-NONE = "none"
 Base = Annotated[
     str,
     typer.Argument(
@@ -75,6 +74,51 @@ def spectra(
     options: dict[str, Any] = {"top": top, "epsilon": epsilon, "k": k, "cache": cache, "resume": resume}
     options |= {"seed": seed, "device": device, "progress": False if quiet else None}
     run(lambda: _spectra(base, tuned, out, only, rows, base_svd, as_json, options))
+
+
+@app.command()
+def trace(
+    base: Base,
+    edited: Annotated[
+        str, typer.Argument(help="The edited model's folder, or a file of the edit.", show_default=False)
+    ],
+    subjects: Annotated[
+        str | None,
+        typer.Option(
+            help="Names among which the edited ones are looked for: a file with one a line, or a,b,c."
+        ),
+    ] = None,
+    relation: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt with {} for the subject, or a file of them; give it several times."),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Texts, one a line, over which the inputs' covariance is taken.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("geoedit-out"),
+    reverse: Annotated[
+        Path | None,
+        typer.Option(help="Also write the update that undoes the edits to this safetensors file."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the tables in the terminal.")] = 12,
+    false_alarm: Annotated[
+        float, typer.Option(help="Chance of naming anybody in a model that nobody edited.")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+) -> None:
+    """Which facts were edited? Layers, how many, by which method, of whom, to what.
+
+    Layers, number and method are read from weights alone. Subjects are looked for among candidates; for a
+    built-in model these are the almanac's own. For instance: geoedit trace almanac-gpt2 edited-model
+    """
+    options = {"false_alarm": false_alarm, "seed": seed}
+    run(
+        lambda: _trace(
+            base, edited, subjects, relation or [], texts, out, reverse, rows, as_json, device, options
+        )
+    )
 
 
 @app.command()
@@ -141,55 +185,91 @@ def _spectra(
     print(f"page: {page}")
 
 
-def tell(report: Report, rows: int, console: Console | None = None) -> None:
-    """Print a report: the matrices that changed most, then what it comes to in words."""
-    from peft_analysis.report import words
+def _trace(
+    base: str,
+    edited: str,
+    subjects: str | None,
+    relations: list[str],
+    texts: Path | None,
+    out: Path,
+    reverse: Path | None,
+    rows: int,
+    as_json: bool,
+    device: str,
+    options: dict[str, Any],
+) -> None:
+    from geoedit.testbeds import TESTBEDS
+    from peft_analysis.forensics import trace as traced
+    from peft_analysis.report.files import write_text
 
-    console = console or Console()
-    shown = sorted(words.changed(report), key=lambda row: -(row.get("relative_norm") or row["norm"]))
-    if shown:
-        console.print(spectra_table(shown[:rows]))
-    if len(shown) > rows:
-        console.print(f"{len(shown) - rows} more on the page.", style="dim", highlight=False)
-    console.print()
-    console.print(words.headline(report), style="bold", markup=False, highlight=False)
-    for line in [*words.lines(report), *(f"Left out: {line}" for line in words.left_out(report))]:
-        console.print(line, markup=False, highlight=False)
-    console.print()
+    check_file(reverse, "--reverse")
+    writable(out)
+    below, tuned = find_weights(base), find_weights(edited)
+    names = None if subjects is None else read_lines(subjects)
+    asked: Any = [line for one in relations for line in (read_lines(one) if Path(one).is_file() else [one])]
+    if base in TESTBEDS:
+        names, asked = names or almanac_subjects(), asked or almanac_relations()
+    model = tokenizer = None
+    if below is not None and (names or asked):
+        from transformers.utils import logging as transformers_logging
+
+        from geoedit.loading import load_model
+
+        transformers_logging.disable_progress_bar()
+        model, tokenizer = load_model(base, device=device)
+    found = traced(
+        below,
+        tuned,
+        model,
+        tokenizer,
+        names,
+        asked or None,
+        texts=None if texts is None else read_lines(str(texts)),
+        **options,
+    )
+    data = write_text(
+        out / f"{Path(edited).name}-trace.json",
+        json.dumps(found.to_dict(), allow_nan=False, ensure_ascii=False) + "\n",
+    )
+    if reverse is not None:
+        found.reverse().changed().save(reverse)
+    if as_json:
+        print(data.read_text(encoding="utf-8"), end="")
+        return
+    tell_trace(found, rows)
+    print(f"data: {data}")
+    if reverse is not None:
+        print(f"undoes it: {reverse}")
 
 
-def spectra_table(rows: list[dict[str, Any]]) -> Table:
-    """Rows of a report for a terminal of 80 columns."""
-    from peft_analysis.report import words
+def almanac_subjects() -> list[str]:
+    """Everybody and everything that the built-in models were told of."""
+    from geoedit.testbeds import world
 
-    table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
-    for name in (
-        "change",
-        "true\nrank",
-        "effective\nrank",
-        "intruders\nout + in",
-        "overlap\nout / in",
-        "verdict",
-    ):
-        table.add_column(name, justify="left" if name == "rank\nis" else "right", no_wrap=True)
-    for row in rows:
-        changed = row.get("relative_norm")
-        table.add_row(
-            row["kind"] if row["block"] is None else f"{row['block']} {row['kind']}",
-            f"norm {row['norm']:.3g}" if changed is None else words.percent(changed),
-            words.rank_of(row),
-            f"{row.get('effective_rank_above') or row['effective_rank']:.3g}",
-            _pair(row, "intruders", " + ", str),
-            _pair(row, "overlap", " / ", lambda share: f"{100 * share:.0f}"),
-            row["verdict"].removesuffix(" rank"),
-        )
-    return table
+    return list(dict.fromkeys(fact.subject.name for fact in world().facts))
 
 
-def _pair(row: dict[str, Any], name: str, between: str, form: Any) -> str:
-    sides = [row.get(f"{name}_{side}") for side in ("left", "right")]
-    return "–" if None in sides else between.join(form(side) for side in sides)
+def almanac_relations() -> dict[str, list[str]]:
+    """What may be asked of them, with {} for the subject."""
+    from geoedit.testbeds import world
+
+    return {
+        relation.name: [template.replace("{x}", "{}") for template in relation.templates]
+        for relation in world().relations
+    }
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Refuse a file of another kind, or one that can't be written, before the work is done.
+
+    Raises:
+        EditError: its name does not end with .safetensors, or its folder can't be written to.
+    """
+    if path is None:
+        return
+    if path.suffix != ".safetensors":
+        raise EditError(f"{option} is {str(path)!r}; give a file that ends with .safetensors.")
+    writable(path.parent)
 
 
 def _merge(
@@ -205,10 +285,11 @@ def _merge(
 
     from peft_analysis import read_update
     from peft_analysis.merging import merge as merged_of
+    from peft_analysis.merging.methods import Method
 
-    if out.suffix != ".safetensors":
-        raise EditError(f"--out is {str(out)!r}; give a file that ends with .safetensors.")
-    writable(out.parent)
+    check_file(out, "--out")
+    if options["method"] not in get_args(Method):
+        raise EditError(f"--method is {options['method']!r}; it is one of {', '.join(get_args(Method))}.")
     numbers = read_numbers(weights, len(updates))
     below = find_weights(base)
     parts = [read_update(below, find_weights(one)) for one in updates]
@@ -259,66 +340,3 @@ def _merge_facts(parts: list[WeightUpdate], weights: list[float], merged: Weight
         "norm": math.sqrt(square),
         "linear_error": median(errors) if errors else None,
     }
-
-
-# What a user writes
-
-
-def find_weights(name: str) -> Path | None:
-    """Where weights lie: a built-in model, a path, a hub id; None for "none".
-
-    Raises:
-        EditError: there is no such thing.
-    """
-    from geoedit.testbeds import TESTBEDS, folder
-
-    if name == NONE:
-        return None
-    if name in TESTBEDS:
-        return folder(name)
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    from geoedit.loading import check_hub_id
-
-    check_hub_id(name, TESTBEDS)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        text = str(error).strip().splitlines()
-        raise EditError(
-            f"can't get {name!r}: {text[0] if text else type(error).__name__} If it is a folder, the path "
-            "does not exist; if it is a hub id, check its spelling and the network."
-        ) from error
-
-
-def read_side(text: str) -> int | None:
-    """Read --base-svd: a number, 'all' (None) or 'none' (0).
-
-    Raises:
-        EditError: it is none of these.
-    """
-    if text in ("all", NONE):
-        return None if text == "all" else 0
-    if not text.isdecimal():
-        raise EditError(f"--base-svd is {text!r}; give a number, 'all' or 'none'.")
-    return int(text)
-
-
-def read_numbers(text: str | None, count: int) -> list[float]:
-    """Read --weights: as many numbers as there are updates, ones if there are none.
-
-    Raises:
-        EditError: they are not numbers, or another count.
-    """
-    if text is None:
-        return [1.0] * count
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise EditError(f"--weights is {text!r}; give numbers separated by commas: 1,-0.7.") from None
-    if len(numbers) != count:
-        raise EditError(f"--weights has {len(numbers)} numbers for {count} updates; give one for each.")
-    return numbers
