@@ -16,7 +16,7 @@ __all__ = ["is_adapter", "is_live", "read_adapter"]
 
 
 def read_adapter(
-    base: "nn.Module | Weights | None",
+    base: "nn.Module | Weights | str | os.PathLike[str] | None",
     source: "nn.Module | str | os.PathLike[str]",
     *,
     adapter: str | Sequence[str] | None = None,
@@ -28,9 +28,9 @@ def read_adapter(
     time.
 
     Args:
-        base: the weights that it was trained on. None for an adapter alone: what needs the base is then
-            listed with `details["needs_base"]` and raises when it is read. With a live model, None stands
-            for the base inside it, as it is now.
+        base: the weights that it was trained on: a module, a folder, or weights that are open. None for an
+            adapter alone: what needs the base is then listed with `details["needs_base"]` and raises when it
+            is read. With a live model, None stands for the base inside it, as it is now.
         source: an adapter folder, or a live model with adapters in it.
         adapter: of a live model, the adapters to read by name; those merged or switched on if not given.
 
@@ -39,6 +39,8 @@ def read_adapter(
             a quantised base, an adapter of which nothing can be read without the base, or a kind that is no
             change of weights. The message lists the names.
     """
+    if isinstance(base, str | os.PathLike):
+        base = Weights.of(base)
     chosen = [adapter] if isinstance(adapter, str) else adapter
     if isinstance(source, nn.Module):
         return from_model(base, source, chosen)

@@ -160,7 +160,12 @@ def test_a_folder_is_a_base(name, tmp_path):
     target = {"gpt2": ["c_attn", "wte"], "llama": ["q_proj"]}[name]
     config = peft.LoraConfig(r=2, target_modules=target, use_dora=True)
     folder = saved(tuned(base, config), tmp_path / "adapter")
-    assert errors(read_update(tmp_path / "base", folder), loaded_and_merged(base, folder), base) == {}
+    after = loaded_and_merged(base, folder)
+    update = read_update(tmp_path / "base", folder)
+    assert errors(update, after, base) == {}
+    assert read_adapter(tmp_path / "base", folder).keys() == update.keys()
+    with update.apply(base):
+        torch.testing.assert_close(parameters(base), dict(after), rtol=1e-6, atol=1e-6)
 
 
 def test_a_lora_alone_has_names_shapes_and_factors(tmp_path):
