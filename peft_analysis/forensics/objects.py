@@ -1,6 +1,6 @@
-"""Which object an edit says: by the unembedding alone, or by what only the edited model answers."""
+"""Candidates for the objects of edits, and vectors read through the unembedding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_analysis.errors import UpdateError
-from peft_analysis.forensics.keys import Prompt, around, batches, evaluating, run
+from peft_analysis.forensics.keys import Prompt, around, evaluating, run
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,6 @@ def candidates(
     )
 
 
-def answers(
-    model: nn.Module, prompts: Sequence[Prompt], weights: Mapping[str, Tensor]
-) -> Float[Tensor, "prompts vocabulary"]:
-    """Log-probabilities of the token that follows each prompt."""
-    device = next(model.parameters()).device
-    found: list[Tensor] = []
-    order: list[int] = []
-    with torch.no_grad(), evaluating(model):
-        for which, ids, mask in batches(prompts, device):
-            logits = run(model, weights, ids, mask).logits
-            rows = torch.arange(len(which), device=device)
-            found.append(logits[rows, mask.sum(1) - 1].float().log_softmax(-1))
-            order.extend(which)
-    return torch.cat(found)[torch.tensor(order, device=device).argsort()]
-
-
-def gains(
-    base: Float[Tensor, "prompts vocabulary"], edited: Float[Tensor, "prompts vocabulary"]
-) -> Float[Tensor, "prompts vocabulary"]:
-    """What each token adds to the divergence of the edited answer from the base's: p' log(p'/p), in nats."""
-    return edited.exp() * (edited - base)
-
-
 def lens(
     model: nn.Module, prompt: Prompt, vectors: Float[Tensor, "many d"]
 ) -> Float[Tensor, "many vocabulary"] | None:
@@ -74,7 +51,7 @@ def lens(
 
     The final norm is the module whose output enters the unembedding; None if the model has no unembedding.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is None:
         return None
     outputs: dict[int, nn.Module] = {}

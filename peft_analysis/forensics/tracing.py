@@ -22,7 +22,7 @@ from peft_analysis.forensics.maps import Basis, RightMap, basis
 from peft_analysis.forensics.matching import Match, match, right_space
 from peft_analysis.forensics.method import recognise
 from peft_analysis.forensics.places import Place, changed_vectors, dense, places, spread
-from peft_analysis.forensics.reading import read_objects
+from peft_analysis.forensics.reading import COLUMNS, read_objects, read_vectors
 from peft_analysis.forensics.result import EditTrace
 from peft_analysis.updates import WeightUpdate, read_update
 
@@ -122,21 +122,14 @@ def trace(
     access["method"] = access["subjects"] if matched else f"{weights}; without keys its kind stays open"
     table = listed.loc[listed["found"]].drop(columns=["found", "p_adjusted"]).reset_index(drop=True)
     table["parameter"] = best
-    said, access["objects"] = read_objects(
-        update=update,
-        model=model,
-        tokenizer=tokenizer,
-        found=found,
-        wide=wide,
-        subjects=[candidates[index] for index in chosen],
-        controls=[name for name in candidates if name not in set(table["subject"])],
-        templates=templates,
-        objects=objects,
-        lefts=_lefts(parts, matched, chosen),
+    unsure = [index for index, name in enumerate(candidates) if name not in set(table["subject"])]
+    said, access["objects"] = _objects(
+        update, model, tokenizer, found, wide, matched, parts, candidates, chosen, unsure, templates, objects
     )
-    table = (
-        pd.concat([table, said], axis=1) if len(table) else said.assign(subject=None, p_value=float("nan"))
-    )
+    if chosen:
+        table = pd.concat([table, said], axis=1)
+    else:
+        table = said.reindex(columns=[*table.columns, *said.columns])
     return EditTrace(
         table=table,
         candidates=listed,
@@ -310,8 +303,7 @@ def _candidates(
 
 def _joint(update: WeightUpdate, name: str, one: Matched, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Left (out, edits) and right (edits, n) factors: ΔW fitted by the right vectors of these subjects."""
-    keys = with_mean(one.keys)[list(chosen), one.match.contexts[list(chosen)]].double()
-    right = _mapped(keys, one.match.map, one.basis)
+    right = _mapped(_chosen_keys(one, chosen), one.match.map, one.basis)
     left = dense(update.matrix(name)).to(right) @ torch.linalg.pinv(right)
     return left.float(), right.float()
 
@@ -326,18 +318,67 @@ def _mapped(keys: Tensor, one: RightMap, eigen: Basis) -> Tensor:
     return ((keys @ eigen.vectors) * one.weights) @ eigen.vectors.mT
 
 
-def _lefts(
-    parts: Mapping[str, tuple[Tensor, Tensor]], matched: Mapping[str, Matched], chosen: Sequence[int]
-) -> Tensor | None:
-    """What the edits of the subjects found add to their outputs (edits, out), summed over the matrices."""
-    total: Tensor | None = None
-    for name, (left, right) in parts.items():
-        one = matched[name]
-        keys = with_mean(one.keys)[list(chosen), one.match.contexts[list(chosen)]].to(right)
-        added = left.mT * (right * keys).sum(1, keepdim=True)
-        if total is None or total.shape == added.shape:
-            total = added if total is None else total + added
-    return total
+def _objects(
+    update: WeightUpdate,
+    model: nn.Module | None,
+    tokenizer: Any,
+    found: Sequence[Place],
+    wide: str,
+    matched: Mapping[str, Matched],
+    parts: Mapping[str, tuple[Tensor, Tensor]],
+    candidates: Sequence[str],
+    chosen: Sequence[int],
+    unsure: Sequence[int],
+    templates: Mapping[str, Sequence[str]],
+    objects: Sequence[str] | None,
+) -> tuple[pd.DataFrame, str]:
+    """What the edits say, and what the answer rests on."""
+    if model is None or tokenizer is None or not found or wide:
+        why = wide or ("nothing was changed" if not found else "it needs a model and its tokenizer")
+        return pd.DataFrame(columns=list(COLUMNS)), f"no answer: {why}"
+    if not parts:
+        return read_vectors(update, model, tokenizer, found[0], objects)
+    modules = owners(model, list(matched))
+    _, before = weights_in(update, model, modules)
+    order = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    last = max(matched, key=order.index)
+    wide_as = [name for name in parts if parts[name][0].shape == parts[last][0].shape]
+    moved = {which: _moved(update, matched, wide_as, which) for which in (tuple(chosen), tuple(unsure))}
+    own = torch.stack([_own(matched[name], parts[name], chosen) for name in wide_as]).sum(0)
+    return read_objects(
+        model=model,
+        tokenizer=tokenizer,
+        weights=before,
+        module=modules[last],
+        subjects=[candidates[index] for index in chosen],
+        controls=[candidates[index] for index in unsure],
+        templates=templates,
+        objects=objects,
+        offsets={"ΔW k": moved[tuple(chosen)], "parts of the joint fit": own},
+        by_chance=moved[tuple(unsure)],
+    )
+
+
+def _chosen_keys(one: Matched, which: Sequence[int]) -> Tensor:
+    """The keys (subjects, n) of some candidates, each in the context in which it fits best."""
+    return with_mean(one.keys)[list(which), one.match.contexts[list(which)]].double()
+
+
+def _moved(
+    update: WeightUpdate, matched: Mapping[str, Matched], names: Sequence[str], which: Sequence[int]
+) -> Tensor:
+    """Σ ΔW k (subjects, out): what the whole update adds for a subject."""
+    total = []
+    for name in names:
+        keys = _chosen_keys(matched[name], which)
+        total.append((keys @ dense(update.matrix(name)).to(keys).mT).float())
+    return torch.stack(total).sum(0)
+
+
+def _own(one: Matched, part: tuple[Tensor, Tensor], which: Sequence[int]) -> Tensor:
+    """λ (r·k) (subjects, out): what a subject's own part of the joint fit adds for it."""
+    left, right = part
+    return left.mT * (right * _chosen_keys(one, which).to(right)).sum(1, keepdim=True)
 
 
 def _places(found: Sequence[Place], matched: Mapping[str, Matched]) -> pd.DataFrame:
