@@ -91,15 +91,19 @@ def test_every_row_says_what_the_dense_matrices_say(device):
         assert row.delta_direction == pytest.approx((1 - cosines).mean(), rel=1e-4)
 
 
-def test_chance_is_the_mean_overlap_of_random_directions(report):
-    row = report.rows[1]
-    base = np.linalg.svd(dense(drawn()[0][row["parameter"]]))[0][:, :16]
+@pytest.mark.parametrize("top", [2, 16])
+def test_chance_is_the_mean_overlap_of_random_directions(top):
+    base, change = drawn(blocks=1)
+    found = analyse(None, update_of(base, change), only="down_proj", top=top, progress=False)
+    (row,) = found.rows
+    left, _, right = np.linalg.svd(dense(base[row["parameter"]]))
     draw = np.random.default_rng(0)
-    found = []
-    for _ in range(400):
-        space = np.linalg.qr(draw.standard_normal((row["rows"], row["rank"])))[0]
-        found.append(np.linalg.norm(space.T @ base) ** 2 / row["rank"])
-    assert row["chance_left"] == pytest.approx(np.mean(found), rel=0.05)
+    for side, space, width in (("left", left, row["rows"]), ("right", right.T, row["columns"])):
+        seen = []
+        for _ in range(400):
+            other = np.linalg.qr(draw.standard_normal((width, row["rank"])))[0]
+            seen.append(np.linalg.norm(other.T @ space[:, :top]) ** 2 / min(row["rank"], top))
+        assert row[f"chance_{side}"] == pytest.approx(np.mean(seen), rel=0.05)
 
 
 def test_a_rounded_difference_keeps_its_rank_and_its_unchanged_matrices_count_for_nothing():
