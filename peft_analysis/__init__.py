@@ -23,10 +23,11 @@ from peft_analysis.rank_path import RankPath, effective_rank_slope, rank_path
 from peft_analysis.report import Report
 from peft_analysis.spectrum import Spectrum, singular_values, spectrum
 from peft_analysis.subspaces import overlap, overlap_grid, principal_angles
-from peft_analysis.updates import Entry, Weights, WeightUpdate, read_update
+from peft_analysis.updates import Applied, Entry, Weights, WeightUpdate, read_update
 from peft_analysis.verdict import Verdict, verdict
 
 __all__ = [
+    "Applied",
     "BaseSVD",
     "Comparison",
     "DirectionChange",

@@ -33,9 +33,13 @@ NAMES = (
     "lora_almanac",
     "curvature_estimators",
     "manifold_edits",
+    "update_spectra",
+    "intruder_scan",
+    "update_merging",
+    "streamed_checkpoints",
     "growth",
 )
-PACKAGES = ("torch", "geoopt", "pymanopt", "stochman", "scikit-dimension", "peft", "numpy", "scipy")
+PACKAGES = ("torch", "geoopt", "pymanopt", "stochman", "scikit-dimension", "peft", "weightwatcher", "safetensors", "numpy", "scipy")
 
 
 def main(names: list[str]) -> None:
