@@ -39,7 +39,18 @@ NAMES = (
     "streamed_checkpoints",
     "growth",
 )
-PACKAGES = ("torch", "geoopt", "pymanopt", "stochman", "scikit-dimension", "peft", "weightwatcher", "safetensors", "numpy", "scipy")
+PACKAGES = (
+    "torch",
+    "geoopt",
+    "pymanopt",
+    "stochman",
+    "scikit-dimension",
+    "peft",
+    "weightwatcher",
+    "safetensors",
+    "numpy",
+    "scipy",
+)
 
 
 def main(names: list[str]) -> None:

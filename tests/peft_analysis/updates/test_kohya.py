@@ -199,7 +199,8 @@ def test_without_a_base_dots_are_put_back(tmp_path):
     assert {key: guessed_path(key) for key in names} == names
 
 
-SDXL = {  # as diffusers 0.42 converts an SDXL checkpoint; all of its 852 names were compared once, and SD 1.5's
+# As diffusers 0.42 converts an SDXL checkpoint. All of its 852 names were compared once, and those of SD 1.5.
+SDXL = {
     "input_blocks_4_1_transformer_blocks_0_norm1": "down_blocks_1_attentions_0_transformer_blocks_0_norm1",
     "input_blocks_8_1_proj_in": "down_blocks_2_attentions_1_proj_in",
     "input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv",
