@@ -97,12 +97,12 @@ def test_chance_is_the_mean_overlap_of_random_directions(top):
     found = analyse(None, update_of(base, change), only="down_proj", top=top, progress=False)
     (row,) = found.rows
     left, _, right = np.linalg.svd(dense(base[row["parameter"]]))
-    draw = np.random.default_rng(0)
+    draw, count = np.random.default_rng(0), min(row["rank"], top)
     for side, space, width in (("left", left, row["rows"]), ("right", right.T, row["columns"])):
         seen = []
         for _ in range(400):
-            other = np.linalg.qr(draw.standard_normal((width, row["rank"])))[0]
-            seen.append(np.linalg.norm(other.T @ space[:, :top]) ** 2 / min(row["rank"], top))
+            other = np.linalg.qr(draw.standard_normal((width, count)))[0]
+            seen.append(np.linalg.norm(other.T @ space[:, :top]) ** 2 / count)
         assert row[f"chance_{side}"] == pytest.approx(np.mean(seen), rel=0.05)
 
 
