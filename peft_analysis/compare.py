@@ -210,11 +210,11 @@ def _norm(value: LowRank | Tensor) -> float:
 
 def _inner(value: LowRank | Tensor, other: LowRank | Tensor) -> float:
     """⟨A, B⟩ in float64; a low rank is not multiplied out."""
-    if isinstance(value, Tensor) and isinstance(other, LowRank):
-        value, other = other, value
     if isinstance(value, LowRank):
         return float(value.to(torch.float64).inner(other.to(torch.float64)))
-    return float((value.double() * other.to(torch.float64)).sum())  # type: ignore[operator]
+    if isinstance(other, LowRank):
+        return _inner(other, value)
+    return float((value.double() * other.double()).sum())
 
 
 def _agreement(value: LowRank | Tensor, other: LowRank | Tensor) -> float:

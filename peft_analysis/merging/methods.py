@@ -11,6 +11,7 @@ from torch import Tensor
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
 from peft_analysis.merging.karcher import karcher_mean
+from peft_analysis.merging.nearest import nearest
 from peft_analysis.merging.shares import Share, alike, dense_parts, listed, names_of, shares_of, total
 from peft_analysis.merging.sparse import Drop, Election, Scope, Trim, elected
 from peft_analysis.updates.entry import Entry
@@ -150,12 +151,21 @@ def _sum(name: str, shares: Sequence[Share]) -> LowRank | Tensor:
 
 
 def _nearest(rank: int | None, name: str, shares: Sequence[Share]) -> LowRank | Tensor:
-    whole = _sum(name, shares)
-    if isinstance(whole, Tensor):
-        return whole if rank is None or whole.ndim < 2 else _cut(whole, rank)
-    if rank is None:
-        rank = max(part.rank for share in shares if isinstance(part := share.update[name], LowRank))
-    return whole.truncate(rank)
+    values = [share.update[name] for share in shares]
+    low = [value for value in values if isinstance(value, LowRank)]
+    if len(low) < len(values):
+        del values
+        whole = _sum(name, shares)
+        return whole if rank is None or whole.ndim < 2 or isinstance(whole, LowRank) else _cut(whole, rank)
+    parts = [value * share.weight for value, share in zip(low, shares, strict=True)]
+    found = nearest(
+        LowRank.concatenate(alike(parts, name)), max(part.rank for part in low) if rank is None else rank
+    )
+    if found is None:
+        for share in shares:  # names the update that is not finite
+            share.read(name)
+        raise UpdateError(f"{name}: the weighted factors overflow {low[0].dtype}; give smaller weights")
+    return found
 
 
 def _sparse(

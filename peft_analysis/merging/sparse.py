@@ -31,18 +31,25 @@ class Trim:
 
     def of(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The difference of one parameter, trimmed."""
-        least = self._least_of_all if self.scope == "update" else self._least(lambda: [value], value.numel())
-        return torch.where(wide(value).abs() >= least, value, torch.zeros_like(value))
+        size = wide(value).abs()
+        if self.scope == "update":
+            least = self._least_of_all
+        elif value.numel():
+            least = float(size.flatten().topk(self._count(value.numel())).values[-1])
+        else:
+            least = 0.0
+        return torch.where(size >= least, value, torch.zeros_like(value))
 
     @cached_property
     def _least_of_all(self) -> float:
-        """The least magnitude that stays, over all parameters; they are read up to three times."""
+        """The least magnitude that stays, over all parameters; they are read three times."""
         update = self.share.update
         count = sum(entry.shape.numel() for entry in update.entries.values())
-        return self._least(lambda: (self.share.dense(name) for name in update), count)
+        return kth_largest(lambda: (self.share.dense(name) for name in update), self._count(count))
 
-    def _least(self, read: Callable[[], Iterable[Tensor]], count: int) -> float:
-        return kth_largest(read, max(1, int(self.density * count))) if count else 0.0
+    def _count(self, entries: int) -> int:
+        """How many of so many entries stay: at least one."""
+        return max(1, int(self.density * entries))
 
 
 def kth_largest(read: Callable[[], Iterable[Tensor]], k: int) -> float:

@@ -89,6 +89,25 @@ def test_svd_of_low_ranks_decomposes_only_the_core(monkeypatch, device):
     assert shapes and max(max(shape) for shape in shapes) <= 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "repeated columns", "falling fast", "tiny", "zero"])
+def test_svd_of_difficult_factors(device, dtype, kind):
+    left, right = dense(40, 6, seed=1, dtype=torch.float64), dense(6, 30, seed=2, dtype=torch.float64)
+    if kind == "repeated columns":
+        left[:, 3:] = left[:, :3]
+    elif kind == "falling fast":
+        left = left * 10.0 ** -torch.arange(0, 18, 3)
+    elif kind in ("tiny", "zero"):
+        left, right = left * (1e-15 if kind == "tiny" else 0), right * 1e-15
+    value = LowRank(left.to(device, dtype), right.to(device, dtype))
+    found = merge([WeightUpdate.from_tensors({"w": value})], method="svd", rank=2)["w"]
+    U, S, Vh = torch.linalg.svd(as_dense(value.to(torch.float64)), full_matrices=False)
+    best = U[:, :2] * S[:2] @ Vh[:2]
+    assert found.rank == 2 and found.dtype == dtype and found.device == value.device
+    error = (as_dense(found.to(torch.float64)) - best).norm()
+    assert float(error) <= 20 * torch.finfo(dtype).eps * float(S.norm())
+
+
 def test_svd_of_dense_sums():
     a, b = update(seed=1), update(seed=2)
     whole = merge([a, b], method="svd")
@@ -431,6 +450,12 @@ def test_nan_is_named_when_it_is_read(method):
     merged = merge([WeightUpdate.from_tensors({"good": torch.ones(3), "bad": broken})], method=method)
     with pytest.raises(UpdateError, match="bad holds NaN"):
         merged["bad"]
+
+
+def test_weights_that_overflow_are_named():
+    one = WeightUpdate.from_tensors({"w": low(4, 4, 1, 0)})
+    with pytest.raises(UpdateError, match=r"w: the weighted factors overflow torch\.float32"):
+        merge([one], [1e39], method="svd")["w"]
 
 
 def test_one_matrix_at_a_time():
