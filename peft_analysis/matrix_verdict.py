@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,19 +13,25 @@ from torch import Tensor
 
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
-from peft_analysis.noise import NoiseEdge, RankEstimate, judge, noise_edge, true_rank
-from peft_analysis.remainder import MOST, Remainder, continued, grid, remainder, spacing
+from peft_analysis.noise import NoiseEdge, RankEstimate, judge, noise_edge
+from peft_analysis.remainder import MOST, Remainder, continued, grid, leading_part, remainder, spacing
+from peft_analysis.rounding import Rounding
+from peft_analysis.spectrum import check_matrix, singular_values
 from peft_analysis.updates import WeightUpdate
 
 Statement = Literal["low rank", "full rank", "none", "unknown"]
 MODEL_ERROR = 0.01
-"""An excess of this share of one rounding's energy is not told from none: rounding is uniform to about that."""
+"""An excess of this share of one rounding's energy is not told from none. Doubled for each of several merges:
+what a weight was between them, and so the grid it was rounded to, is not known.
+"""
 SLACK = 0.33
 """The same of a simulated rounding, in units of the energy of one value at the edge."""
 HIDES = 0.5
 """A spectrum that goes on leaves at least this share of its power law's energy."""
-NEARLY, MANY = 0.06, 0.25
-"""Directions that the remainder needs, over those seen: fewer are no tail, more are one; between, both may be."""
+CUT = 0.25
+"""Below this share of its power law's energy a spectrum has ended, though some of it lies under the noise."""
+MANY = 0.25
+"""Directions that the remainder needs, over those seen: with fewer, a low rank may fade into the noise."""
 DEAD = 0.4
 """Where fewer entries moved on a common grid, an excess may be the rounding's own."""
 MERGED, ROOM = 1.5, 0.05
@@ -56,6 +63,7 @@ class MatrixVerdict:
         same_grid: whether the base lies on the grid that the tuned weights were rounded to.
         singular_values: the leading ones.
         reason: why, in words.
+        edge: the largest singular value that the noise of rounding gives; 0 where nothing was rounded.
     """
 
     parameter: str
@@ -74,6 +82,7 @@ class MatrixVerdict:
     same_grid: bool
     singular_values: tuple[float, ...]
     reason: str
+    edge: float = 0.0
 
     @property
     def p_value(self) -> float:
@@ -127,19 +136,19 @@ def judge_matrix(
     if base is None:
         edge = noise_edge(value, rounded=rounded, base_rounded=stored, generator=generator)
         return _without_base(name, value, edge, level)
-    facts = {"rounded": rounded, "same_grid": same_grid, "generator": generator}
+    rest = partial(remainder, value, base, rounded=rounded, same_grid=same_grid, generator=generator)
     edge = noise_edge(value, base=base, rounded=rounded, base_rounded=stored, generator=generator)
     half = min(value.shape) // 2
-    left = remainder(value, base, min(edge.count, half), **facts)
+    left = rest(min(edge.count, half))
     if edge.hidden > 3 * edge.hidden_error + 1 or edge.count > half:
         again = noise_edge(value, generator=generator)
         if again.count < min(edge.count, half):
-            several = remainder(value, base, again.count, **facts)
+            several = rest(again.count)
             if _several(several, value):
                 edge, left = again, several
-    error = MODEL_ERROR
+    error = MODEL_ERROR * (2 * left.roundings if MERGED < left.roundings <= MOST else 1)
     if same_grid and left.moved < SPARSE and edge.method == "simulated rounding" and edge.count <= half:
-        left, unit = simulated(left, edge, value)
+        left, unit = simulated(left, edge, value, base, rounded, generator)
         error += 2 * SLACK * unit
     return _decided(name, value, judge(edge, min(value.shape)), left, error, same_grid=same_grid, level=level)
 
@@ -149,14 +158,46 @@ def _several(left: Remainder, value: Tensor) -> bool:
     return MERGED < left.roundings <= MOST and left.hidden_rank < ROOM * min(value.shape)
 
 
-def simulated(left: Remainder, edge: NoiseEdge, value: Tensor) -> tuple[Remainder, float]:
-    """The remainder with its excess from the simulated rounding of a fitted update; and edge² in its units.
+def simulated(
+    left: Remainder,
+    edge: NoiseEdge,
+    value: Float[Tensor, "m n"],
+    base: Float[Tensor, "m n"],
+    rounded: torch.dtype,
+    generator: torch.Generator,
+) -> tuple[Remainder, float]:
+    """The remainder with its excess, and the excess of a continued spectrum, from simulated rounding.
 
-    Where most entries do not move, the error of rounding is a function of the update, not noise on a grid.
+    Where many entries do not move, the error of rounding is a function of the update, not noise on a grid,
+    and most of a tail is swallowed. So the update that reads as the leading part is fitted (`Rounding.fit`),
+    and is read again with a tail of the continued spectrum's energy, in random directions, and without. Also
+    returned: edge² in units of the energy of one rounding.
     """
-    unit = edge.edge**2 / (value.numel() * left.noise**2)
-    hidden, error = edge.hidden * unit, edge.hidden_error * unit
-    return replace(left, excess=hidden, excess_error=error, hidden_rank=max(edge.hidden, 0.0)), unit
+    one = value.numel() * left.noise**2
+    unit, rank = edge.edge**2 / one, edge.count
+    found = replace(
+        left,
+        excess=edge.hidden * unit,
+        excess_error=edge.hidden_error * unit,
+        hidden_rank=max(edge.hidden, 0.0),
+    )
+    if not rank:
+        return found, unit
+    if len(value) > value.shape[1]:
+        value, base = value.mT, base.mT
+    d, rounding = value.double(), Rounding(base.double(), rounded, aligned=True)
+    outer, inner, sizes, _ = leading_part(d, rank, generator)
+    outer, sizes, inner = rounding.fit(d, outer, sizes, inner)
+    update = (outer * sizes) @ inner.mT
+    deviation = math.sqrt(continued(sizes, min(d.shape)) / d.numel())
+    noise = torch.randn(d.shape, generator=generator, device=generator.device).to(d)
+
+    def beyond(read: Float[Tensor, "m n"]) -> float:
+        leading = leading_part(read, rank, generator)[2].square().sum()
+        return float(read.square().sum() - leading)
+
+    tail = beyond(rounding.read(update + deviation * noise)) - beyond(rounding.read(update))
+    return replace(found, tail=tail / one), unit
 
 
 def _decided(
@@ -201,19 +242,19 @@ def _decided(
             reason = (
                 "it changed, but no direction stands out of the noise, and the noise has room for a low rank"
             )
-    elif p_full < level and (p_low >= level or (settled and left.hidden_rank < NEARLY * found.rank)):
+    elif p_full < level and (p_low >= level or (settled and left.excess < CUT * left.tail)):
         statement = "low rank"
         reason = (
             f"{found.rank} singular values above the noise; a spectrum that went on would leave "
             f"{left.tail:.2g} of a rounding's energy, {max(left.excess, 0.0):.2g} are there"
         )
-    elif p_low < level and settled and left.hidden_rank >= MANY * found.rank:
+    elif p_low < level <= p_full and settled and left.hidden_rank >= MANY * found.rank:
         statement = "full rank"
         reason = f"the spectrum goes on below the noise: {left.excess:.2g} of a rounding's energy is left"
     else:
         reason = (
-            f"{found.rank} singular values above the noise, which hides whether the spectrum ends there "
-            f"({left.excess:.2g} ± {spread:.1g} of a rounding's energy is left, {left.tail:.2g} if it goes on)"
+            f"{found.rank} singular values above the noise, which hides whether the spectrum ends there: "
+            f"{left.excess:.2g} ± {spread:.1g} of a rounding's energy is left, {left.tail:.2g} if it goes on"
         )
     if found.reason and statement == "unknown":
         reason = f"{reason}; {found.reason}"
@@ -234,35 +275,39 @@ def _decided(
         same_grid,
         left.singular_values[:SHOWN],
         reason,
+        edge=found.edge,
     )
 
 
 def _exact(name: str, value: LowRank | Tensor) -> MatrixVerdict:
     """Factors, or a difference that was never rounded: the rank is a fact."""
-    found = true_rank(value)
+    if isinstance(value, Tensor):
+        check_matrix(value, name)
+    found = singular_values(value).double()
     m, n = int(value.shape[-2]), int(value.shape[-1])
     factors = isinstance(value, LowRank)
-    full = found.rank > (min(m, n) - 1 if factors else min(m, n) // 2)
-    statement: Statement = "none" if found.rank == 0 else "full rank" if full else "low rank"
-    values = value.singular_values() if isinstance(value, LowRank) else torch.linalg.svdvals(value)
+    least = max(m, n) * torch.finfo(value.dtype).eps * (float(found[0]) if len(found) else 0.0)
+    rank = int((found > least).sum())
+    full = rank > (min(m, n) - 1 if factors else min(m, n) // 2)
+    statement: Statement = "none" if rank == 0 else "full rank" if full else "low rank"
     reason = "from its factors" if factors else "from values that were not rounded"
     return MatrixVerdict(
         name,
         statement,
         float(not full),
         float(full),
-        found.rank,
-        found.low,
-        found.high,
+        rank,
+        rank,
+        rank,
         (m, n),
         0.0,
         0.0,
         0.0,
-        1.0 if found.rank else 0.0,
+        1.0 if rank else 0.0,
         True,
         False,
-        tuple(values[: min(found.rank, SHOWN)].tolist()),
-        f"rank {found.rank}, {reason}",
+        tuple(found[: min(rank, SHOWN)].tolist()),
+        f"rank {rank}, {reason}",
     )
 
 
@@ -302,7 +347,7 @@ def _without_base(name: str, value: Float[Tensor, "m n"], edge: NoiseEdge, level
     return MatrixVerdict(
         name, statement, p_low, p_full, r, found.low, found.high, (value.shape[0], value.shape[1]), math.nan,
         math.inf, math.nan, float((value != 0).double().mean()), False, False,
-        tuple(values[: min(r, SHOWN)].tolist()), reason,
+        tuple(values[: min(r, SHOWN)].tolist()), reason, edge=edge.edge,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from peft_analysis.matrix_verdict import MatrixVerdict, Statement
@@ -15,10 +16,10 @@ from peft_analysis.updates import WeightUpdate
 
 Origin = Literal["adapter", "merged LoRA", "ReLoRA", "edit", "full fine-tune", "none", "unknown"]
 FACTORED = "low rank"
-PLAIN = ("difference", FACTORED, "bias")
+PLAIN = ("difference", FACTORED, "bias", "sequence")
 """Kinds of entries that say nothing of what made them."""
 FEW_RANKS, FEW_LAYERS, PART = 2, 8, 0.5
-"""An edit: of at most that rank, or in one kind of matrix in at most so many blocks; in half of them or fewer."""
+"""An edit: of at most that rank, or in one kind of matrix in at most so many blocks; in half or fewer."""
 MOSTLY = 3.0
 """Statements of one sort outweigh those of the other from this ratio on."""
 COMMON = 0.8
@@ -54,7 +55,7 @@ def origin_of(
     if not changed:
         return _unchanged(matrices, vectors, told)
     low, full = count["low rank"], count["full rank"]
-    if len(stages) > 1 and low >= full:
+    if len(stages) > 1:
         return _staircase(changed, stages, told)
     if low and low >= MOSTLY * full:
         return _low(update, changed, matrices, vectors, told)
@@ -69,22 +70,20 @@ def origin_of(
     return Found("unknown", "unknown", evidence=told)
 
 
-def _counted(count: Counter[str], total: int) -> str:
+def _counted(count: Counter[Statement], total: int) -> str:
     parts = [f"{number} {statement}" for statement, number in count.most_common()]
     same = total - sum(count.values())
     return f"of {total} matrices: " + ", ".join([*parts, *([f"{same} unchanged"] if same else [])])
 
 
 def _adapter(
-    kinds: list[str], changed: Mapping[str, MatrixVerdict], count: Counter[str], told: list[str]
+    kinds: list[str], changed: Mapping[str, MatrixVerdict], count: Counter[Statement], told: list[str]
 ) -> Found:
     told.append(f"read from an adapter's own files: {', '.join(kinds)}")
     rank, share = common_rank([one for one in changed.values() if one.statement == "low rank"])
     if rank is not None:
         told.append(f"rank {rank} in {share:.0%} of the low-rank matrices")
-    statement: Statement = "none"
-    if changed:
-        statement = max(("low rank", "full rank", "unknown"), key=lambda one: count[one])  # type: ignore[assignment]
+    statement: Statement = count.most_common(1)[0][0] if changed else "none"
     return Found(statement, "adapter", rank if statement == "low rank" else None, None, told)
 
 
@@ -100,8 +99,10 @@ def _unchanged(matrices: Mapping[str, MatrixVerdict], vectors: Sequence[str], to
 
 def common_rank(low: Sequence[MatrixVerdict]) -> tuple[int | None, float]:
     """The rank that lies in most of the intervals (the commonest estimate among equals), and their share."""
-    if not low:
-        return None, 0.0
+    return _common(low) if low else (None, 0.0)
+
+
+def _common(low: Sequence[MatrixVerdict]) -> tuple[int, float]:
     estimates = Counter(one.rank for one in low)
     fits = {rank: sum(one.rank_low <= rank <= one.rank_high for one in low) for rank in estimates}
     best = max(fits, key=lambda rank: (fits[rank], estimates[rank]))
@@ -116,13 +117,10 @@ def _low(
     told: list[str],
 ) -> Found:
     low = [one for one in changed.values() if one.statement == "low rank"]
-    rank, share = common_rank(low)
-    assert rank is not None
+    rank, share = _common(low)
     full = [name for name, one in changed.items() if one.statement == "full rank"]
     if full:
-        told.append(
-            f"full rank in {', '.join(full[:3])}: such a layer may have been saved whole beside a LoRA"
-        )
+        told.append(f"full rank in {', '.join(full[:3])}: perhaps saved whole beside a LoRA")
     few = is_few(update, changed, matrices)
     if few and not vectors:
         told.append(f"{few}; ranks {spelled(low)}")
@@ -176,16 +174,16 @@ def is_few(
     if not alone and len(changed) > PART * whole and not (len(changed) == 1 and len(names) > 2):
         return ""
     if max(ranks) <= FEW_RANKS or (not alone and len(kinds) == 1 and len(changed) <= FEW_LAYERS):
-        found = f"{len(changed)} of {whole} matrices of {'its kind' if len(kinds) == 1 else 'their kinds'} changed"
-        return "one matrix was given" if alone else found
+        kind = "its kind" if len(kinds) == 1 else "their kinds"
+        return "one matrix was given" if alone else f"{len(changed)} of {whole} matrices of {kind} changed"
     return ""
 
 
 def merged(low: Sequence[MatrixVerdict], told: list[str]) -> int | None:
     """How often the weights were merged and rounded, by the remainders; None if that does not show.
 
-    A base off the tuned grid is rounded once by being brought to it, which a first merge may or may not do in
-    the same step: there two roundings are still one merge.
+    A base off the tuned grid is rounded once by being brought to it; that is taken off where more than one
+    rounding is seen.
     """
     known = [one for one in low if one.roundings_error < 0.2 and not one.exact]
     if not known:
@@ -197,9 +195,9 @@ def merged(low: Sequence[MatrixVerdict], told: list[str]) -> int | None:
     )
     on_grid = statistics.median(one.same_grid for one in known) >= 0.5
     count = max(round(often), 1)
-    if not on_grid and count == 2:
-        told.append("one rounding of the base and one merge, or two merges")
-        return 1
+    if not on_grid and count > 1:
+        told.append("one of them is taken for that of the base, brought to the tuned dtype before merging")
+        count -= 1
     return count
 
 
@@ -212,11 +210,7 @@ def steps(low: Sequence[MatrixVerdict], rank: int, told: list[str]) -> int | Non
     from scipy.stats import mannwhitneyu
 
     spectra = [one.singular_values for one in low if len(one.singular_values) == rank]
-    gaps = [
-        [math.log(a / b) for a, b in zip(values, values[1:], strict=False)]
-        for values in spectra
-        if values and values[-1] > 0
-    ]
+    gaps = [[math.log(a / b) for a, b in pairwise(values)] for values in spectra if values and values[-1] > 0]
     choices = [count for count in range(2, min(rank, 16) + 1) if rank % count == 0 and rank // count > 1]
     best: tuple[float, int] | None = None
     for count in choices:

@@ -90,7 +90,7 @@ def remainder(
     if difference.shape[0] > difference.shape[1]:
         difference, base = difference.mT, base.mT
     d, w = difference.double(), base.double()
-    left, right, values, leading = _leading(d, rank, generator)
+    left, right, values, leading = leading_part(d, rank, generator)
     left_out = d - leading
     size = torch.maximum(torch.maximum(w.abs(), (w + d).abs()), d.abs())
     step = spacing(size, rounded)
@@ -176,10 +176,13 @@ def grid(values: Float[Tensor, "*shape"], stored: torch.dtype) -> torch.dtype:
     return stored
 
 
-def _leading(
+def leading_part(
     d: Float[Tensor, "m n"], rank: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"], Float[Tensor, " r"], Float[Tensor, "m n"]]:
-    """The leading left and right singular vectors, their values, and the matrix's part in their span."""
+    """The leading left and right singular vectors, their values, and the matrix's part in their span.
+
+    For m ≤ n. The left ones come from the Gram matrix of the rows, in a large matrix from subspace iteration.
+    """
     if rank <= 0:
         return d.new_zeros(len(d), 0), d.new_zeros(d.shape[1], 0), d.new_zeros(0), torch.zeros_like(d)
     if len(d) <= WHOLE or rank > len(d) // 8:
@@ -193,8 +196,15 @@ def _leading(
         block = torch.linalg.qr(block)[0]
         left = block @ torch.linalg.svd(block.mT @ d, full_matrices=False)[0][:, :rank]
     rows = left.mT @ d
-    right = torch.linalg.qr(rows.mT)[0]
-    return left, right, rows.norm(dim=1), left @ rows
+    values = rows.norm(dim=1)
+    right = rows.mT / values.clamp_min(torch.finfo(d.dtype).tiny)
+    return left, torch.linalg.qr(right)[0] * _signs(right), values, left @ rows
+
+
+def _signs(frame: Float[Tensor, "n r"]) -> Float[Tensor, " r"]:
+    """What QR turns columns that are orthogonal already by: ±1."""
+    diagonal = torch.linalg.qr(frame)[1].diagonal()
+    return torch.where(diagonal < 0, -1.0, 1.0).to(frame)
 
 
 def _carried(

@@ -1,4 +1,4 @@
-"""What an update is, and where it comes from: an adapter, a merged LoRA, a full fine-tune, ReLoRA, an edit."""
+"""What an update is, and where it comes from: an adapter, a merged LoRA, a fine-tune, ReLoRA, an edit."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def verdict(
 ) -> Verdict:
     """Say whether an update is of low or full rank, and what made it.
 
-    Each matrix is tested against two nulls: *of the rank found, and rounding* (what is left after the leading
-    singular directions follows the grid of the dtype), and *going on under the noise* (the leading values' own
-    power law). Where neither is refused the matrix is "unknown": the noise hides it. The origin follows from
-    the statements, from how far one rank fits all matrices, from which matrices changed, and from how many
-    roundings the remainder holds: a weight that was merged and rounded k times carries k of them.
+    Each matrix is tested against two nulls: *of the rank found, and rounding* (what is left after the
+    leading singular directions follows the grid of the dtype), and *going on under the noise* (the leading
+    values' own power law). Where neither is refused the matrix is "unknown": the noise hides it. The origin
+    follows from the statements, from how far one rank fits all matrices, from which matrices changed, and
+    from how many roundings the remainder holds: a weight that was merged and rounded k times carries k.
 
     Args:
         update: with its base, where there is one: without it the size of rounding is not known, and less can
@@ -119,7 +119,8 @@ def verdict(
     ]
     vectors = [name for name in update if name not in matrices and _moved(update, name)]
     found = origin_of(update, matrices, vectors, stages)
-    said = [one.p_value for one in matrices.values() if one.statement == found.statement]
+    judged = [*matrices.values(), *(one for stage in stages for one in stage.values())]
+    said = [one.p_value for one in judged if one.statement == found.statement]
     return Verdict(
         statement=found.statement,
         origin=found.origin,
@@ -142,8 +143,10 @@ def combined(p_values: Sequence[float]) -> float:
     given = [p for p in p_values if not math.isnan(p)]
     if not given:
         return math.nan
+    if min(given) == 0:
+        return 0.0
     if min(given) < 1e-15:  # where tan(π(1/2 − p)) is 1 / (π p)
-        return min(1.0, 1 / sum(1 / max(p, 1e-300) for p in given) * len(given))
+        return min(1.0, len(given) / sum(1 / max(p, 1e-300) for p in given))
     mean = sum(math.tan(math.pi * (0.5 - min(p, 1 - 1e-12))) for p in given) / len(given)
     return 0.5 - math.atan(mean) / math.pi
 
