@@ -41,16 +41,16 @@ class Editing:
 
     condition: float = 0.01
     layer: int = 0
-    layers: tuple[int, ...] = (0, 1, 2)
+    layers: tuple[int, ...] = (0, 1)
     prefixes: tuple[str, ...] = ("", "people say that")
     steps: int = 20
     rate: float = 0.5
     divergence: float = 0.0625
     decay: float = 0.1
     clamp: float = 1.5
-    covariance_weight: float = 10.0
-    null_share: float = 0.02
-    ridge: float = 0.01
+    covariance_weight: float = 100.0
+    null_share: float = 0.05
+    ridge: float = 0.03
 
 
 class Editor:
@@ -61,6 +61,7 @@ class Editor:
     ) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.tokenizer, self.editing = tokenizer, editing
+        self.moments = covariances
         self.covariances = {
             layer: C
             + editing.condition * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
@@ -95,7 +96,7 @@ class Editor:
 
     def targets(self, requests: Sequence[Request], layer: int) -> Float[Tensor, "requests d"]:
         """Offsets of the output at the subject's last token that make the model answer the object."""
-        editing, count = self.editing, len(requests)
+        editing = self.editing
         asked = self.prompts(requests, answers=True)
         essence = tokens_of(
             self.tokenizer, [("", "{x} is", one.subject, "") for one in requests], self.device
@@ -159,7 +160,7 @@ def alphaedit(editor: Editor, requests: Sequence[Request], wanted: Tensor | None
     """As MEMIT, in the null space of C: W += R Kᵀ P (K Kᵀ P + L2)⁻¹ (Fang et al., 2024, one batch)."""
 
     def right(layer: int, keys: Tensor) -> Tensor:
-        projector = null_space(editor.covariances[layer], editor.editing.null_share)
+        projector = null_space(editor.moments[layer], editor.editing.null_share)
         ridge = editor.editing.ridge * keys.square().sum(1).mean()
         eye = torch.eye(len(projector), dtype=keys.dtype, device=keys.device)
         return torch.linalg.solve(projector @ keys.mT @ keys + ridge * eye, projector @ keys.mT)

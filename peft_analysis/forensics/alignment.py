@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_analysis.errors import UpdateError
 from peft_analysis.forensics.keys import Prompt, batches, evaluating, run
 
-POINTS = (0.0, 0.15, 0.3)
+POINTS = (0.0, 0.3)
 """Where along the offset gradients are taken."""
 SHORTLIST = 4
 """Tokens a relation that gain most from the whole offset, and as many that gain most from half of it."""

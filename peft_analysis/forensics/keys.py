@@ -69,6 +69,9 @@ def prompt(tokenizer: Any, template: str, subject: str) -> Prompt:
         shared = tuple(tokenizer(text[:end])["input_ids"])
         length = next((i for i, (a, b) in enumerate(zip(ids, shared, strict=False)) if a != b), None)
         length = min(len(ids), len(shared)) if length is None else length
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        while length and ids[length - 1] in special:
+            length -= 1
         inside = [length - 1] if length else []
     if not subject.strip() or not inside:
         raise UpdateError(f"no token of {text!r} ends with the subject {subject!r}")

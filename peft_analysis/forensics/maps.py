@@ -18,8 +18,8 @@ Kind = Literal["inverse", "null space", "identity"]
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 """What may have been added to C before it was inverted, in mean eigenvalues."""
-NULL_SHARES = (1e-3, 5e-3, 2e-2, 5e-2, 1e-1, 2e-1)
-"""The share of C's trace that a null space may hold."""
+NULL_PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""The part of the directions of C, from the weakest on, that a null space may take."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RightMap:
 
     Attributes:
         kind: "inverse", "null space" or "identity".
-        parameter: the ridge in mean eigenvalues, the null space's share of the trace, or 0.
+        parameter: the ridge in mean eigenvalues, the null space's part of the directions, or 0.
         weights: (n,), not negative.
     """
 
@@ -79,12 +79,9 @@ def right_maps(values: Float[Tensor, " n"]) -> list[RightMap]:
     """All maps that are tried, from the eigenvalues of C."""
     mean = values.mean()
     found = [RightMap("inverse", ridge, 1 / (values + ridge * mean)) for ridge in RIDGES]
-    shares = values.cumsum(0) / values.sum()
-    counts = set()
-    for share in NULL_SHARES:
-        inside = (shares <= share).to(values.dtype)
-        count = int(inside.sum())
-        if 0 < count < len(values) and count not in counts:
-            counts.add(count)
-            found.append(RightMap("null space", share, inside))
+    counts = dict.fromkeys(round(part * len(values)) for part in NULL_PARTS)
+    for count in counts:
+        if 0 < count < len(values):
+            inside = (torch.arange(len(values), device=values.device) < count).to(values.dtype)
+            found.append(RightMap("null space", count / len(values), inside))
     return [*found, RightMap("identity", 0.0, torch.ones_like(values))]

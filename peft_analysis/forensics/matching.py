@@ -24,6 +24,8 @@ class Match:
         scores: (candidates,) the share of a candidate's key inside what the other chosen ones leave of the
             row space; the best of its contexts.
         contexts: (candidates,) which context that was; the last one is the mean over contexts.
+        right: (candidates,) the share of the right vector that the map makes of a candidate's key inside the
+            whole row space, in the same context.
         p_values: (candidates,) the chance of such a score or more for a subject that was not edited.
         rank: the dimension of the row space.
     """
@@ -34,6 +36,7 @@ class Match:
     chosen: list[int]
     scores: Float[Tensor, " candidates"]
     contexts: Int[Tensor, " candidates"]
+    right: Float[Tensor, " candidates"]
     p_values: Float[Tensor, " candidates"]
     rank: int
 
@@ -69,7 +72,7 @@ def match(
     first = max(seen, key=lambda pair: _separation(*pair))[0]
     chosen = take(first, rows.shape[1])
     best = first.square().sum(-1)[chosen].argmax(1)
-    fitted = [fit(own[chosen, best], rows, one) for one in maps]
+    fitted = [float(shares(own[chosen, best], rows, one).mean()) for one in maps]
     index = max(range(len(maps)), key=fitted.__getitem__)
     inside, outside = seen[index]
     chosen = take(inside, rows.shape[1])
@@ -78,15 +81,18 @@ def match(
     for one, value in zip(maps, fitted, strict=True):
         fits[one.kind] = max(value, fits.get(one.kind, 0.0))
     separation = _separation(inside, outside)
-    return Match(maps[index], separation, fits, chosen, scores, contexts, p_values, rows.shape[1])
+    used = own[torch.arange(len(own)), contexts]
+    right = shares(used, rows, maps[index])
+    return Match(maps[index], separation, fits, chosen, scores, contexts, right, p_values, rows.shape[1])
 
 
-def fit(keys: Float[Tensor, "many n"], rows: Float[Tensor, "n rank"], one: RightMap) -> float:
-    """The mean share of the right vectors t k that lies in the row space of an update."""
+def shares(
+    keys: Float[Tensor, "many n"], rows: Float[Tensor, "n rank"], one: RightMap
+) -> Float[Tensor, " many"]:
+    """The share of each right vector t k that lies in the row space of an update."""
     right = keys * one.weights
     length = right.square().sum(-1)
-    inside = (right @ rows).square().sum(-1)
-    return float((inside / torch.where(length > 0, length, 1.0)).mean()) if len(keys) else 0.0
+    return (right @ rows).square().sum(-1) / torch.where(length > 0, length, 1.0)
 
 
 def coordinates(

@@ -70,7 +70,9 @@ def recognise(
         evidence.append("the places are those of an edit; without candidates and C its kind stays open")
         names = ("MEMIT", "AlphaEdit", "adapter") if several else ("ROME", "AlphaEdit", "adapter")
         return Method("edit", False, names, tuple(evidence))
-    best = max(matches.values(), key=lambda one: one.separation)
+    best = max(
+        matches.values(), key=lambda one: len(one.chosen) and -float(one.p_values[one.chosen].log().mean())
+    )
     evidence.append(
         f"right vectors look like {best.map}: {best.fits[best.map.kind]:.0%} of what the subjects' keys give "
         f"lies in the row space; candidates stand {best.separation:.1f} deviations above decoys"

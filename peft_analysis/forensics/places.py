@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from manifolds import LowRank
-from peft_analysis.noise import RankEstimate, true_rank
-from peft_analysis.updates import WeightUpdate
+from peft_analysis.noise import RankEstimate, judge, noise_edge
+from peft_analysis.updates import Entry, WeightUpdate
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -57,18 +57,35 @@ def places(update: WeightUpdate, generator: torch.Generator | None = None) -> li
         has_base = update.base is not None and name in update.base
         base = update.base_matrix(name) if has_base else None
         entry = update.entries[name]
-        rank = true_rank(
-            difference,
-            base=base.to(difference.device) if base is not None and isinstance(difference, Tensor) else None,
-            rounded=entry.rounded,
-            base_rounded=entry.base_rounded,
-            generator=generator,
-        )
+        rank = _rank(difference, base, entry, generator)
         size = float(base.double().norm()) if base is not None else float("nan")
         role, block = role_of(name)
         relative = norm / size if size > 0 else float("nan")
         found.append(Place(name, block, role, norm, relative, rank, min(difference.shape)))
     return found
+
+
+def _rank(
+    difference: LowRank | Tensor, base: Tensor | None, entry: Entry, generator: torch.Generator | None
+) -> RankEstimate:
+    """The rank, not counting what the arithmetic of float32 leaves of an edit that was computed in it."""
+    known = base is not None and isinstance(difference, Tensor)
+    edge = noise_edge(
+        difference,
+        base=base.to(difference.device) if known and base is not None else None,
+        rounded=entry.rounded,
+        base_rounded=entry.base_rounded,
+        generator=generator,
+    )
+    found = judge(edge, min(difference.shape))
+    if isinstance(difference, LowRank) or not len(edge.values):
+        return found
+    floor = max(difference.shape) * torch.finfo(torch.float32).eps * float(edge.values[0])
+    count = int((edge.values > floor).sum())
+    if count > found.rank:
+        return found
+    reason = "all other components are as small as float32's own errors"
+    return replace(found, rank=count, low=count, high=count, reliable=True, reason=reason)
 
 
 def changed_vectors(update: WeightUpdate) -> list[str]:

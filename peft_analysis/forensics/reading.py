@@ -15,7 +15,7 @@ from peft_analysis.forensics.places import Place, dense
 from peft_analysis.updates import WeightUpdate
 
 COLUMNS = ("relation", "object", "object_cosine", "object_lead", "object_p", "object_lens")
-CONTROLS = 40
+CONTROLS = 20
 """Candidates that were not found, whose offsets tell how well an offset aligns by chance."""
 TRIED = 10
 """Subjects on whom it is decided how offsets are taken from the update."""
@@ -66,9 +66,9 @@ def read_objects(
         prompts = [[prompt(tokenizer, text, one) for _, text in flat] for one in who]
         return aligned(model, weights, module, prompts, numbers, values, said.tokens)
 
-    tried = {way: float(read(subjects[:TRIED], one[:TRIED]).cosine.mean()) for way, one in offsets.items()}
-    way = max(tried, key=tried.__getitem__)
-    found = read(subjects, offsets[way])
+    tried = {way: read(subjects[:TRIED], one[:TRIED]) for way, one in offsets.items()}
+    way = max(tried, key=lambda name: float(tried[name].cosine.mean()))
+    found = tried[way] if len(subjects) <= TRIED else read(subjects, offsets[way])
     usual = read(list(controls)[:CONTROLS], by_chance[:CONTROLS]).cosine
     table["relation"] = [names[int(index)] for index in found.relation]
     table["object"] = [said.names[int(index)] for index in found.token]

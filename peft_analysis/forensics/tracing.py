@@ -26,6 +26,9 @@ from peft_analysis.forensics.reading import COLUMNS, read_objects, read_vectors
 from peft_analysis.forensics.result import EditTrace
 from peft_analysis.updates import WeightUpdate, read_update
 
+LEAST = 0.25
+"""An edit's right vector is its key's; a smaller share of it in the row space is no edit, however sure."""
+
 Relations = Mapping[str, str | Sequence[str]] | Sequence[str]
 
 
@@ -114,7 +117,7 @@ def trace(
             update, found, model, tokenizer, candidates, others, flat, covariance, texts
         )
         access["subjects"] = f"{weights}; the model, its tokenizer, {len(candidates)} candidates; {told}"
-    best = max(matched, key=lambda name: matched[name].match.separation) if matched else None
+    best = max(matched, key=lambda name: _certainty(matched[name].match)) if matched else None
     listed = _candidates(candidates, matched, best, false_alarm)
     chosen = [candidates.index(name) for name in listed.loc[listed["found"], "subject"]]
     parts = {name: _joint(update, name, one, chosen) for name, one in matched.items()} if chosen else {}
@@ -220,7 +223,7 @@ def _match_all(
         told = "no C: the candidates' and decoys' own keys stand in for it"
     matched = {}
     for place in found:
-        if place.parameter not in modules:
+        if place.parameter not in modules or place.rank.rank == 0:
             continue
         name = place.parameter
         own = keys[name].unflatten(0, (len(candidates) + len(others), -1))
@@ -230,8 +233,7 @@ def _match_all(
             raise UpdateError(f"the covariance of {name} has shape {shape}; its inputs ask for {wanted}")
         eigen = basis(name, moments[name].to(own.device))
         difference = dense(update.matrix(name)).to(own.device)
-        rank = max(1, min(place.rank.rank, place.full))
-        rows = right_space(difference, rank)
+        rows = right_space(difference, min(place.rank.rank, place.full))
         keyed = own[: len(candidates)]
         matched[name] = Matched(match(keyed, own[len(candidates) :], rows, eigen), eigen, keyed)
     return matched, told
@@ -286,16 +288,17 @@ def _candidates(
 ) -> pd.DataFrame:
     """All candidates, the surest first; p-values are multiplied by the number of things that were tried."""
     if best is None:
-        unknown = dict.fromkeys(("share", "p_value", "p_adjusted"), float("nan"))
+        unknown = dict.fromkeys(("share", "right_share", "p_value", "p_adjusted"), float("nan"))
         return pd.DataFrame({"subject": list(names), **unknown, "found": False})
     one = matched[best].match
     tried = len(names) * len(matched)
     p_values = one.p_values.numpy(force=True)
     table = pd.DataFrame({"subject": list(names), "share": one.scores.numpy(force=True), "p_value": p_values})
+    table.insert(2, "right_share", one.right.numpy(force=True))
     table["p_adjusted"] = (p_values * tried).clip(max=1.0)
     taken = pd.Series(False, index=table.index)
     taken[one.chosen] = True
-    table["found"] = taken & (table["p_adjusted"] <= false_alarm)
+    table["found"] = taken & (table["p_adjusted"] <= false_alarm) & (table["right_share"] >= LEAST)
     return table.sort_values(["found", "p_value"], ascending=[False, True], kind="stable").reset_index(
         drop=True
     )
@@ -357,6 +360,11 @@ def _objects(
         offsets={"ΔW k": moved[tuple(chosen)], "parts of the joint fit": own},
         by_chance=moved[tuple(unsure)],
     )
+
+
+def _certainty(one: Match) -> float:
+    """How sure the chosen candidates of a matrix are: the mean of −log p."""
+    return float(-one.p_values[one.chosen].log().mean()) if one.chosen else 0.0
 
 
 def _chosen_keys(one: Matched, which: Sequence[int]) -> Tensor:
