@@ -77,9 +77,10 @@ def read_run(base: Weights, folder: Path, names: Sequence[str], cache: SVDCache)
     }
 
 
-def judge_run(base: Weights, folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The verdicts on everything that a run trained, saved in float32 and in bfloat16."""
-    return {"verdicts": {stored: _verdict(difference(base, folder, stored), names) for stored in STORED}}
+def judge_run(base: Weights, folder: Path, names: Sequence[str], *, whole: bool) -> dict[str, Any]:
+    """The verdicts on a run saved in float32 and in bfloat16: on all that it trained, or on `names` alone."""
+    only = None if whole else names
+    return {"verdicts": {kind: _verdict(difference(base, folder, kind, only), names) for kind in STORED}}
 
 
 def _matrix(update: WeightUpdate, name: str, cache: SVDCache) -> dict[str, Any]:

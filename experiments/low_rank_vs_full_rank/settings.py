@@ -52,6 +52,7 @@ class Settings:
         seeds: of the facts, of the adapters' start and of the batches; the first chooses the rates.
         judged: how many of the seeds get verdicts, which take longer than everything else that is read.
         known: sentences of each family that tell what is forgotten, at most.
+        matrices: how many of the matrices that all methods train are read; all if None.
         runs: where trained weights lie; a run that is there is not repeated.
         folder: where the results go.
     """
@@ -65,6 +66,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     judged: int = 1
     known: int = 100
+    matrices: int | None = None
     runs: Path = field(default_factory=lambda: Path("low-rank-vs-full-rank-runs"))
     folder: Path = RESULTS
 
@@ -84,6 +86,7 @@ class Settings:
             warmup=1,
             seeds=(0,),
             known=5,
+            matrices=2,
             runs=folder / "runs" if runs is None else runs,
             folder=folder,
         )

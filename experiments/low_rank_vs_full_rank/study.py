@@ -69,7 +69,7 @@ def read_all(records: Sequence[dict[str, Any]], settings: Settings) -> list[dict
         model, _, _ = testbeds.load(name)
         base, cache = Weights.of_module(model), SVDCache()
         own = [record for record in records if record["model"] == name]
-        names = trained_by_all([folder_of(record, settings) for record in own], base)
+        names = trained_by_all([folder_of(record, settings) for record in own], base)[: settings.matrices]
         for record in own:
             found.append(record | _read(record, own, base, names, cache, settings))
     return found
@@ -101,7 +101,11 @@ def _read(
         other = folder_of(full, settings)
         found |= _kept(folder / "like_full.json", names, lambda: like_full(base, folder, other, names))
     if record["chosen"] and record["seed"] in settings.seeds[: settings.judged]:
-        found |= _kept(folder / "verdicts.json", names, lambda: judge_run(base, folder, names))
+        found |= _kept(
+            folder / "verdicts.json",
+            names,
+            lambda: judge_run(base, folder, names, whole=settings.matrices is None),
+        )
     return found
 
 

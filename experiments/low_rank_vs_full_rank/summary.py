@@ -83,7 +83,7 @@ def agreement(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ("intruders_left", "relative_norm"), ("intruders_left", "effective_rank"),
     )  # fmt: skip
     found: dict[str, Any] = {"runs": len(runs)}
-    found["spearman"] = {f"{a} ~ {b}": _plain(spearmanr(columns[a], columns[b])[0]) for a, b in pairs}
+    found["spearman"] = {f"{a} ~ {b}": _correlation(columns[a], columns[b]) for a, b in pairs}
     size, loss = np.log(columns["relative_norm"]), np.log(columns["loss"])
     model = np.array([one["model"] == runs[0]["model"] for one in runs], dtype=float)
     found["forgotten_by"] = _fit(
@@ -123,5 +123,6 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _plain(number: Any) -> float | None:
-    return round(float(number), 4) if math.isfinite(number) else None
+def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's; None where one of both is constant."""
+    return round(float(spearmanr(x, y)[0]), 4) if np.ptp(x) > 0 and np.ptp(y) > 0 else None
