@@ -16,6 +16,7 @@ CLEAR = 0.1  # and how far to be counted for certain
 GAP = 2.0  # a last value so many times above the edge ends a spectrum, rather than fading into the noise
 EXPLAINED = 0.25  # an error of reading, over the edge, that leaves a fit of that rank nothing to explain
 DRAWS = 3
+SLIGHT = 1e-3  # share of the rounding noise's energy that the errors of the update's own arithmetic must have
 MOST_ROUNDINGS = 4  # one after another, that are told from an update of full rank
 WHOLE = 0.06  # how far from a whole number of roundings the energy of the noise may be
 
@@ -113,7 +114,8 @@ class RoundingNull:
         edges, energies, spread = [], [], 0.0
         for _ in range(DRAWS):
             signed = values * self.parts.signs(rank)
-            read = self.rounding.read((left * signed) @ right.mT)
+            update = (left * signed) @ right.mT
+            read = self._with_arithmetic(self.rounding.read(update), update, rank)
             inner = right
             for _ in range(2 if rank else 0):
                 outer = torch.linalg.qr(read @ inner)[0]
@@ -131,6 +133,20 @@ class RoundingNull:
         margin = MARGIN + (edge - min(edges)) / edge if edge else MARGIN
         hidden = (left_over - energy) / unit
         return Expected(edge, hidden, spread / unit, unexplained, margin, energy)
+
+    def _with_arithmetic(self, read: Tensor, update: Tensor, rank: int) -> Tensor:
+        """What is read, with the errors of the update's own arithmetic: it was rounded before it was added.
+
+        A product of k terms that is scaled has about k / 2 + 3 roundings of the size of its entries; in half
+        precision it is computed in float32 and rounded once. The errors follow the update's rows and
+        columns, so that they show where a large update lies beside a small base. Elsewhere they are left out.
+        """
+        epsilon = torch.finfo(self.rounding.dtype).eps
+        roundings = 1.0 if epsilon > 1e-5 else rank / 2 + 3
+        share = torch.linalg.vector_norm(update) / torch.linalg.vector_norm(self.rounding.base + update)
+        if not float(roundings * share**2) > SLIGHT:
+            return read
+        return read + update * self.parts.signs(*update.shape) * (epsilon * math.sqrt(roundings / 12))
 
     def first_edge(self) -> float:
         """That of evenly spread errors; where entries do not move, the noise is less."""

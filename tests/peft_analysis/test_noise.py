@@ -273,3 +273,16 @@ def test_the_stored_dtype_is_found(dtype):
     assert storage_dtype(values, None) == dtype
     assert storage_dtype(values, FP32) == dtype
     assert storage_dtype(draw(20, 30), None) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_large_update_that_was_rounded_itself(rank, dtype):
+    draw = torch.Generator().manual_seed(rank)
+    base, B, A = (torch.randn(size, generator=draw) for size in ((200, 160), (200, rank), (rank, 160)))
+    product = B @ A
+    update = (product * (0.3 * base.norm() / product.norm())).to(dtype).float()
+    base = base.to(dtype).float()
+    tuned = (base + update).to(dtype).float()
+    found = true_rank(tuned - base, base=base, tuned=tuned, rounded=dtype, base_rounded=dtype)
+    assert (found.rank, found.low, found.high) == (rank, rank, rank)
