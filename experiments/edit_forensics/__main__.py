@@ -1,4 +1,4 @@
-"""Run the study: `python -m experiments.edit_forensics`, `--small FOLDER` a slice, `--cache FOLDER` to go on."""
+"""Run the study: `python -m experiments.edit_forensics`; `--small FOLDER`: a slice, `--cache FOLDER`: go on."""
 
 from __future__ import annotations
 

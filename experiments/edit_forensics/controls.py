@@ -42,8 +42,8 @@ def control(
         base = kind.removesuffix(", one matrix")
         if base == "LoRA":
             tuned = _adapted(tuned, name.removesuffix(".weight") if single else None)
-        elif single:
-            tuned.requires_grad_(False)
+        else:
+            tuned.requires_grad_(not single)
             tuned.get_parameter(name).requires_grad_(True)
         _train(tuned, tokenizer, texts, steps, RATES[base])
         tuned = tuned.merge_and_unload() if base == "LoRA" else tuned

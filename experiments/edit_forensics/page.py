@@ -24,9 +24,9 @@ def _opening(found: Mapping[str, Any]) -> str:
 
 `python -m experiments.edit_forensics`: facts of the almanac are overwritten by stand-ins of ROME, MEMIT and
 AlphaEdit, written from their papers' formulas, in both models. `peft_analysis.trace` gets the base and the
-edited weights, the model, all 228 names of the almanac, {settings["templates"]} wordings of each relation (the
-edits use any of six), every object that a fact has, and C over sentences that the editor did not see. ROME
-edits block {editing["layer"]}, one edit after the other; MEMIT and AlphaEdit the blocks
+edited weights, the model, all 228 names of the almanac, {settings["templates"]} wordings of each relation
+(the edits use any of six), every object that a fact has, and C over sentences that the editor did not see.
+ROME edits block {editing["layer"]}, one edit after the other; MEMIT and AlphaEdit the blocks
 {", ".join(map(str, editing["layers"]))}, all edits at once. In bfloat16 base and sum are both rounded.
 
 ![Recall of subjects and objects](edit_forensics.png)"""
@@ -38,13 +38,8 @@ def _answer(edits: pd.DataFrame, controls: pd.DataFrame) -> str:
     lines = ["## In short", ""]
     for column, what in (("subject_recall", "Subjects"), ("object_recall", "Objects")):
         by = many.groupby(["model", "method", "dtype"])[column].mean()
-        met = (
-            "met"
-            if by.min() >= AIM
-            else "missed"
-            if by.max() < AIM
-            else f"met in {(by >= AIM).sum()} of {len(by)}"
-        )
+        reached = int((by >= AIM).sum())
+        met = "met" if reached == len(by) else f"met in {reached} of {len(by)}"
         lines.append(f"- {what}, {count} edits: recall {by.min():.2f} to {by.max():.2f} (aim {AIM}: {met}).")
     lines.append(
         f"- The edited models themselves say the object in {many['success'].min():.2f} to "

@@ -32,14 +32,14 @@ class Settings:
 
     models: tuple[str, ...] = ("almanac-gpt2", "almanac-llama")
     methods: tuple[str, ...] = ("ROME", "MEMIT", "AlphaEdit")
-    runs: tuple[tuple[int, int], ...] = ((1, 6), (10, 2), (100, 1))
+    runs: tuple[tuple[int, int], ...] = ((1, 4), (10, 1), (100, 1))
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     editing: Editing = field(default_factory=Editing)
     texts: int = 2000
     templates: int = 2
     decoys: int = 80
     controls: tuple[str, ...] = ("rounding", "LoRA", "LoRA, one matrix", "fine-tune", "fine-tune, one matrix")
-    control_seeds: tuple[int, ...] = (0, 1)
+    control_seeds: tuple[int, ...] = (0,)
     control_steps: int = 40
     seed: int = 0
     folder: Path = RESULTS

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from manifolds import LowRank
-from peft_analysis.noise import RankEstimate, judge, noise_edge
+from peft_analysis.noise import RankEstimate, true_rank
+from peft_analysis.spectrum import singular_values
 from peft_analysis.updates import Entry, WeightUpdate
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -68,24 +69,25 @@ def places(update: WeightUpdate, generator: torch.Generator | None = None) -> li
 def _rank(
     difference: LowRank | Tensor, base: Tensor | None, entry: Entry, generator: torch.Generator | None
 ) -> RankEstimate:
-    """The rank, not counting what the arithmetic of float32 leaves of an edit that was computed in it."""
-    known = base is not None and isinstance(difference, Tensor)
-    edge = noise_edge(
+    """The rank, without a simulation of rounding where there is none to be seen.
+
+    An edit that was computed in float32 has components of the size of float32's own errors; where nothing
+    else is left of the spectrum, what stands above them is the rank.
+    """
+    if isinstance(difference, Tensor):
+        values = singular_values(difference)
+        floor = max(difference.shape) * torch.finfo(torch.float32).eps * float(values[0])
+        count = int((values > floor).sum())
+        if count < len(values):
+            reason = "all other components are as small as float32's own errors"
+            return RankEstimate(count, count, count, floor, True, reason, "float arithmetic")
+    return true_rank(
         difference,
-        base=base.to(difference.device) if known and base is not None else None,
+        base=base.to(difference.device) if base is not None and isinstance(difference, Tensor) else None,
         rounded=entry.rounded,
         base_rounded=entry.base_rounded,
         generator=generator,
     )
-    found = judge(edge, min(difference.shape))
-    if isinstance(difference, LowRank) or not len(edge.values):
-        return found
-    floor = max(difference.shape) * torch.finfo(torch.float32).eps * float(edge.values[0])
-    count = int((edge.values > floor).sum())
-    if count > found.rank:
-        return found
-    reason = "all other components are as small as float32's own errors"
-    return replace(found, rank=count, low=count, high=count, reliable=True, reason=reason)
 
 
 def changed_vectors(update: WeightUpdate) -> list[str]:

@@ -21,8 +21,8 @@ class EditTrace:
         table: one row for each subject found, the surest first: subject, p_value, share, parameter, context,
             relation, object, object_cosine, object_lead, object_p, object_lens.
         candidates: one row for each candidate: subject, share (of its key in what the others leave of the
-            row space), right_share (of its right vector in the row space), p_value, p_adjusted (times all that
-            was tried), found.
+            row space), right_share (of its right vector in the row space), p_value, p_adjusted (times all
+            that was tried), found.
         places: one row for each changed matrix: parameter, block, norm, relative_norm, rank, rank_low,
             rank_high, reliable, full, reason, right_map, separation.
         edits: how many edits there are: the rank of the update, the least and the most it may be.
