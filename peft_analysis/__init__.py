@@ -19,6 +19,7 @@ from peft_analysis.matrix_verdict import MatrixVerdict
 from peft_analysis.merging import KarcherMean, karcher_mean, linear_merge_error, merge
 from peft_analysis.mitigation import intruder_part, mitigate
 from peft_analysis.noise import NoiseEdge, RankEstimate, noise_edge, true_rank
+from peft_analysis.predict import Prediction, predict
 from peft_analysis.rank_path import RankPath, effective_rank_slope, rank_path
 from peft_analysis.report import Report
 from peft_analysis.spectrum import Spectrum, singular_values, spectrum
@@ -39,6 +40,7 @@ __all__ = [
     "KarcherMean",
     "MatrixVerdict",
     "NoiseEdge",
+    "Prediction",
     "RankEstimate",
     "RankPath",
     "Report",
@@ -62,6 +64,7 @@ __all__ = [
     "noise_edge",
     "overlap",
     "overlap_grid",
+    "predict",
     "principal_angles",
     "rank_path",
     "read_update",
