@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
+from peft_analysis.matrix_noise import MERGED, edge_and_rest, goes_on, simulated
 from peft_analysis.noise import NoiseEdge, RankEstimate, judge, noise_edge
-from peft_analysis.remainder import MOST, Remainder, continued, grid, leading_part, remainder, spacing
-from peft_analysis.rounding import Rounding
+from peft_analysis.remainder import MOST, Remainder, continued, grid, remainder, spacing
 from peft_analysis.spectrum import check_matrix, singular_values
 from peft_analysis.updates import WeightUpdate
 
@@ -34,8 +34,6 @@ MANY = 0.25
 """Directions that the remainder needs, over those seen: with fewer, a low rank may fade into the noise."""
 DEAD = 0.4
 """Where fewer entries moved on a common grid, an excess may be the rounding's own."""
-MERGED, ROOM = 1.5, 0.05
-"""More roundings than one, and the share of directions that may hide beside them."""
 SPARSE = 0.95
 """Where fewer entries moved on a common grid, rounding is simulated rather than taken as uniform."""
 SHOWN = 256
@@ -128,76 +126,30 @@ def judge_matrix(
     if base is not None:
         rounded = grid(value + base.to(value.dtype), rounded)
         stored = grid(base.float(), stored or base.dtype)
-        if bool((value == 0).all()) or _only_rounded(value, base, rounded):
-            return _nothing(name, value, rounded, same_grid=stored == rounded)
+        coarse = stored if torch.finfo(stored).eps > torch.finfo(rounded).eps else rounded
+        if bool((value == 0).all()) or _only_rounded(value, base, coarse, of_base=coarse != rounded):
+            return _nothing(name, value, coarse, of_base=coarse != rounded, same_grid=stored == rounded)
     elif bool((value == 0).all()):
-        return _nothing(name, value, rounded, same_grid=True)
+        return _nothing(name, value, rounded, of_base=False, same_grid=True)
     same_grid = base is not None and (stored == rounded or torch.equal(base.to(rounded).to(base), base))
     if base is None:
         edge = noise_edge(value, rounded=rounded, base_rounded=stored, generator=generator)
         return _without_base(name, value, edge, level)
     rest = partial(remainder, value, base, rounded=rounded, same_grid=same_grid, generator=generator)
-    edge = noise_edge(value, base=base, rounded=rounded, base_rounded=stored, generator=generator)
     half = min(value.shape) // 2
-    left = rest(min(edge.count, half))
-    if edge.hidden > 3 * edge.hidden_error + 1 or edge.count > half:
-        again = noise_edge(value, generator=generator)
-        if again.count < min(edge.count, half):
-            several = rest(again.count)
-            if _several(several, value):
-                edge, left = again, several
+    whole = rest(half)
+    if goes_on(whole) and coarse != rounded:  # the base may be a rounded copy of what was tuned
+        rest = partial(remainder, value, base, rounded=coarse, same_grid=False, generator=generator)
+        whole, same_grid = rest(half), False
+    if goes_on(whole):
+        full = RankEstimate(min(value.shape), half, min(value.shape), whole.noise, True, "", "remainder")
+        return _decided(name, value, full, whole, MODEL_ERROR, same_grid=same_grid, level=level)
+    edge, left = edge_and_rest(value, base, whole, rest, (rounded, stored), generator)
     error = MODEL_ERROR * (2 * left.roundings if MERGED < left.roundings <= MOST else 1)
     if same_grid and left.moved < SPARSE and edge.method == "simulated rounding" and edge.count <= half:
         left, unit = simulated(left, edge, value, base, rounded, generator)
         error += 2 * SLACK * unit
     return _decided(name, value, judge(edge, min(value.shape)), left, error, same_grid=same_grid, level=level)
-
-
-def _several(left: Remainder, value: Tensor) -> bool:
-    """Whether more than one rounding explains the remainder, but for what a few directions may hold."""
-    return MERGED < left.roundings <= MOST and left.hidden_rank < ROOM * min(value.shape)
-
-
-def simulated(
-    left: Remainder,
-    edge: NoiseEdge,
-    value: Float[Tensor, "m n"],
-    base: Float[Tensor, "m n"],
-    rounded: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[Remainder, float]:
-    """The remainder with its excess, and the excess of a continued spectrum, from simulated rounding.
-
-    Where many entries do not move, the error of rounding is a function of the update, not noise on a grid,
-    and most of a tail is swallowed. So the update that reads as the leading part is fitted (`Rounding.fit`),
-    and is read again with a tail of the continued spectrum's energy, in random directions, and without. Also
-    returned: edge² in units of the energy of one rounding.
-    """
-    one = value.numel() * left.noise**2
-    unit, rank = edge.edge**2 / one, edge.count
-    found = replace(
-        left,
-        excess=edge.hidden * unit,
-        excess_error=edge.hidden_error * unit,
-        hidden_rank=max(edge.hidden, 0.0),
-    )
-    if not rank:
-        return found, unit
-    if len(value) > value.shape[1]:
-        value, base = value.mT, base.mT
-    d, rounding = value.double(), Rounding(base.double(), rounded, aligned=True)
-    outer, inner, sizes, _ = leading_part(d, rank, generator)
-    outer, sizes, inner = rounding.fit(d, outer, sizes, inner)
-    update = (outer * sizes) @ inner.mT
-    deviation = math.sqrt(continued(sizes, min(d.shape)) / d.numel())
-    noise = torch.randn(d.shape, generator=generator, device=generator.device).to(d)
-
-    def beyond(read: Float[Tensor, "m n"]) -> float:
-        leading = leading_part(read, rank, generator)[2].square().sum()
-        return float(read.square().sum() - leading)
-
-    tail = beyond(rounding.read(update + deviation * noise)) - beyond(rounding.read(update))
-    return replace(found, tail=tail / one), unit
 
 
 def _decided(
@@ -229,7 +181,7 @@ def _decided(
     elif left.roundings > MOST or (p_low < level and kept + left.hidden_rank >= size / 2):
         statement, p_low = "full rank", min(p_low, _above(left.roundings / left.roundings_error))
         reason = (
-            f"after {kept} directions the remainder has {left.roundings + left.excess:.3g} times the energy "
+            f"beyond {kept} directions the remainder has {left.roundings + left.excess:.3g} times the energy "
             "of one rounding"
         )
     elif found.rank > size // 2:
@@ -311,13 +263,13 @@ def _exact(name: str, value: LowRank | Tensor) -> MatrixVerdict:
     )
 
 
-def _nothing(name: str, value: Tensor, rounded: torch.dtype, *, same_grid: bool) -> MatrixVerdict:
+def _nothing(
+    name: str, value: Tensor, rounded: torch.dtype, *, of_base: bool, same_grid: bool
+) -> MatrixVerdict:
     moved = float((value != 0).double().mean())
-    reason = (
-        f"every value is the base's, rounded to {str(rounded).removeprefix('torch.')}"
-        if moved
-        else "no value differs"
-    )
+    of, from_what = ("base's", "tuned one's") if of_base else ("tuned", "base's")
+    dtype = str(rounded).removeprefix("torch.")
+    reason = f"every {of} value is the {from_what}, rounded to {dtype}" if moved else "no value differs"
     return MatrixVerdict(
         name, "none", 1.0, math.nan, 0, 0, 0, (value.shape[0], value.shape[1]), float(moved > 0), 0.0, 0.0,
         moved, True, same_grid, (), reason,
@@ -359,8 +311,10 @@ def _base(update: WeightUpdate, name: str, value: Tensor) -> Tensor | None:
     return base.float() if base.shape == value.shape else None
 
 
-def _only_rounded(value: Tensor, base: Tensor, rounded: torch.dtype) -> bool:
-    """Whether the tuned values are the base's to the bit, rounded to their dtype."""
+def _only_rounded(value: Tensor, base: Tensor, rounded: torch.dtype, *, of_base: bool) -> bool:
+    """Whether one of base and tuned values is the other rounded, but for a few that lie on a tie."""
+    if of_base:
+        return bool(((base + value).to(rounded).to(base) == base).double().mean() > 0.999)
     off = (base.to(rounded).double() - base.double() - value.double()).abs()
     return bool((off <= spacing(base, torch.float32)).all())
 

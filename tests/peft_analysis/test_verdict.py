@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import peft
 import pytest
@@ -122,6 +123,16 @@ def test_a_tuned_copy_that_was_rounded_and_widened_again_is_seen_through():
     assert (found.statement, found.origin) == ("none", "none")
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_base_that_is_a_rounded_copy_adds_noise_of_its_own(rank):
+    draw = torch.Generator().manual_seed(0)
+    exact = torch.randn(90, 120, generator=draw)
+    update = 0.05 * torch.randn(90, rank, generator=draw) @ torch.randn(rank, 120, generator=draw)
+    base, tuned = ({"blocks.0.w": values} for values in (exact.bfloat16(), exact + update))
+    found = verdict(read_update(Weights.of_tensors(base), Weights.of_tensors(tuned)))
+    assert found.statement == ("low rank" if rank else "none") and (found.rank or 0) == rank
+
+
 def test_same_seed_same_verdict_and_plain_values():
     update = made(Case("merged LoRA", rank=4, shape=(64, 80)), 1)
     one, two = (verdict(update, generator=torch.Generator().manual_seed(3)) for _ in range(2))
@@ -177,9 +188,12 @@ def test_names_lose_their_block():
 
 
 def test_the_common_rank_lies_in_most_intervals():
-    ranks = [verdict(made(Case("merged LoRA", rank=r, shape=(64, 80)), 1)) for r in (3, 3, 5)]
-    low = [one for found in ranks for one in found.matrices.values()]
-    assert common_rank(low)[0] == 3 and common_rank([]) == (None, 0.0)
+    (one,) = verdict(WeightUpdate.from_tensors({"w": torch.ones(4, 5)})).matrices.values()
+    low = [
+        replace(one, rank=r, rank_low=a, rank_high=b)
+        for r, a, b in ((3, 3, 3), (3, 3, 5), (5, 2, 5), (9, 9, 9))
+    ]
+    assert common_rank(low) == (3, 0.75) and common_rank([]) == (None, 0.0)
 
 
 def test_the_measurement_writes_its_table(tmp_path):
