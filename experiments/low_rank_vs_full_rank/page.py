@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.low_rank_vs_full_rank.answer import answer
+
 ABOUT = """# Low rank against full rank
 
 Written by `python -m experiments.low_rank_vs_full_rank`. Two small models that know a made-up world
@@ -14,12 +16,13 @@ fine-tuning. What each changed is read from its weights alone. Is the difference
 """
 HOW = """## How
 
-- {facts}; each is taught in five wordings and asked in the sixth. `learned` is the share answered rightly
-  there.
+- {facts}; each is taught in five wordings and asked in the sixth. `learned`: the share
+  answered rightly there.
 - {steps} steps of {batch} sentences, warm-up and linear decay, AdamW without weight decay (or `LowRankAdam`);
   α / r = {alpha}. Adapters sit on every linear map of every block; full fine-tuning trains all parameters.
-- Three rates for each method, on {first} with the first seed; the one with the largest `learned − forgotten`
-  is used on all models and seeds ({seeds}). {edge}
+- Three rates for each method, on {first} with the first seed; the one with the largest
+  `learned − forgotten` is used on all models and seeds ({seeds}).
+  {edge}
 - `forgotten`: of the held-out questions that the model answered rightly before (up to {known} of each of
   {families} families), the share that it answers wrongly now; the mean over families. Nothing is rehearsed.
 - Weights: the matrices that every method trains. Intruders: ε = {epsilon}, the first {top} singular vectors
@@ -137,7 +140,7 @@ def regression(found: dict[str, Any]) -> str:
     lines += [
         "",
         "Least squares, coefficient ± standard error. `low rank` is 1 for every method but full fine-tuning:",
-        "what low rank adds at the same size of update and the same loss.",
+        "what low rank adds at the same size of update and the same loss. " + overlap(found["runs"]),
         "",
     ]
     rows = []
@@ -149,6 +152,20 @@ def regression(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n" + table(("of", "by", "variance explained"), rows)
 
 
+def overlap(runs: Sequence[dict[str, Any]]) -> str:
+    """How far the sizes of both sorts of update overlap."""
+    sizes = {
+        full: [r["relative_norm"] for r in runs if (r["kind"] == "full") == full] for full in (True, False)
+    }
+    if not sizes[True] or not sizes[False]:
+        return ""
+    ranges = [f"{min(sizes[full]):.2f} to {max(sizes[full]):.2f}" for full in (True, False)]
+    return (
+        f"Full fine-tunes are of size {ranges[0]}, the others {ranges[1]}: where these do not overlap the "
+        "coefficient is an extrapolation."
+    )
+
+
 def edge(found: dict[str, Any]) -> str:
     """Which methods chose the least or largest rate that they were offered."""
     offered = found["settings"]["rates"]
@@ -158,11 +175,6 @@ def edge(found: dict[str, Any]) -> str:
         return "None is at the lower end of what was offered."
     which = "Every method" if len(least) == len(chosen) else ", ".join(least)
     return f"{which} chose the lowest rate it was offered: still lower ones might forget less."
-
-
-def answer(found: dict[str, Any]) -> str:
-    """What the numbers say."""
-    return "(to be written)"
 
 
 LIMITS = """## What this does not show
