@@ -72,7 +72,7 @@ def aligned(
             part = slice(start, start + at_once)
             found.append(_read(model, weights, module, prompts[part], relations, offsets[part], tokens))
     if not found:
-        none = torch.zeros(0, dtype=torch.long)
+        none = torch.zeros(0, dtype=torch.long, device=offsets.device)
         return Aligned(none, none, none.float(), none.float())
     return Aligned(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
 

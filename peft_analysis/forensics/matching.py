@@ -10,6 +10,9 @@ from torch import Tensor
 
 from peft_analysis.forensics.maps import Basis, RightMap, right_maps
 
+SMALLEST = 1e-12
+"""No p-value is given as less: a tail that some hundred decoys tell of cannot be known so far out."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -81,7 +84,7 @@ def match(
     for one, value in zip(maps, fitted, strict=True):
         fits[one.kind] = max(value, fits.get(one.kind, 0.0))
     separation = _separation(inside, outside)
-    used = own[torch.arange(len(own)), contexts]
+    used = own[torch.arange(len(own), device=own.device), contexts]
     right = shares(used, rows, maps[index])
     return Match(maps[index], separation, fits, chosen, scores, contexts, right, p_values, rows.shape[1])
 
@@ -175,13 +178,13 @@ def _separation(inside: Tensor, outside: Tensor) -> float:
 def tail(scores: Float[Tensor, " many"], null: Float[Tensor, " decoys"]) -> Float[Tensor, " many"]:
     """P(score or more) under a beta distribution fitted to the decoys' median and 90 % point.
 
-    A few decoys that resemble an edited subject do not move these points. The tail is never put below that of
-    the fit, and never above 1.
+    A few decoys that resemble an edited subject do not move these points. Far out the tail is extrapolated
+    from the decoys; chances below 1e-12 are given as 1e-12.
     """
     points = np.quantile(null.double().numpy(force=True), [0.5, 0.9]).clip(1e-12, 1 - 1e-9)
     a, b = fit_beta(float(points[0]), float(points[1]))
     chances = special.betaincc(a, b, scores.double().numpy(force=True).clip(0.0, 1.0))
-    return torch.from_numpy(np.asarray(chances)).clamp(1e-300, 1.0)
+    return torch.from_numpy(np.asarray(chances)).clamp(SMALLEST, 1.0)
 
 
 def fit_beta(middle: float, high: float) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """What was edited: places, rank, method, subjects and objects of an update, each with what it rests on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -18,9 +17,10 @@ from peft_analysis.forensics.keys import (
     second_moments,
     subject_keys,
 )
-from peft_analysis.forensics.maps import Basis, RightMap, basis
-from peft_analysis.forensics.matching import Match, match, right_space
+from peft_analysis.forensics.maps import basis
+from peft_analysis.forensics.matching import match, right_space
 from peft_analysis.forensics.method import recognise
+from peft_analysis.forensics.offsets import Matched, certainty, joint, own_offsets, weights_in, whole_offsets
 from peft_analysis.forensics.places import Place, changed_vectors, dense, places, spread
 from peft_analysis.forensics.reading import COLUMNS, read_objects, read_vectors
 from peft_analysis.forensics.result import EditTrace
@@ -30,15 +30,6 @@ LEAST = 0.25
 """An edit's right vector is its key's; a smaller share of it in the row space is no edit, however sure."""
 
 Relations = Mapping[str, str | Sequence[str]] | Sequence[str]
-
-
-@dataclass(frozen=True)
-class Matched:
-    """A matrix whose row space was matched: the match, C's eigenvectors, and the candidates' keys."""
-
-    match: Match
-    basis: Basis
-    keys: Tensor
 
 
 def trace(
@@ -117,10 +108,10 @@ def trace(
             update, found, model, tokenizer, candidates, others, flat, covariance, texts
         )
         access["subjects"] = f"{weights}; the model, its tokenizer, {len(candidates)} candidates; {told}"
-    best = max(matched, key=lambda name: _certainty(matched[name].match)) if matched else None
+    best = max(matched, key=lambda name: certainty(matched[name].match)) if matched else None
     listed = _candidates(candidates, matched, best, false_alarm)
     chosen = [candidates.index(name) for name in listed.loc[listed["found"], "subject"]]
-    parts = {name: _joint(update, name, one, chosen) for name, one in matched.items()} if chosen else {}
+    parts = {name: joint(update, name, one, chosen) for name, one in matched.items()} if chosen else {}
     method = recognise(found, vectors, wide, {k: v.match for k, v in matched.items()}, len(chosen))
     access["method"] = access["subjects"] if matched else f"{weights}; without keys its kind stays open"
     table = listed.loc[listed["found"]].drop(columns=["found", "p_adjusted"]).reset_index(drop=True)
@@ -239,29 +230,6 @@ def _match_all(
     return matched, told
 
 
-def weights_in(
-    update: WeightUpdate, model: nn.Module, modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The edited and the unedited values of changed matrices, as the model's own parameters.
-
-    Without the base's weights the model is taken for the base.
-    """
-    known = dict(model.named_parameters(remove_duplicate=False))
-    now, before = {}, {}
-    for name in modules:
-        own = known[name].detach()
-        has_base = update.base is not None and name in update.base
-        start = update.base[name].to(own.device) if has_base and update.base is not None else own
-        wide = torch.promote_types(start.dtype, torch.float32)
-        if tuple(start.shape) != tuple(own.shape):
-            raise UpdateError(
-                f"{name} has shape {tuple(start.shape)} in the base and {tuple(own.shape)} in the model"
-            )
-        before[name] = start.to(own.dtype)
-        now[name] = (start.to(wide) + update.dense(name).to(own.device, wide)).to(own.dtype)
-    return now, before
-
-
 def _contexts(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -304,23 +272,6 @@ def _candidates(
     )
 
 
-def _joint(update: WeightUpdate, name: str, one: Matched, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Left (out, edits) and right (edits, n) factors: ΔW fitted by the right vectors of these subjects."""
-    right = _mapped(_chosen_keys(one, chosen), one.match.map, one.basis)
-    left = dense(update.matrix(name)).to(right) @ torch.linalg.pinv(right)
-    return left.float(), right.float()
-
-
-def with_mean(keys: Tensor) -> Tensor:
-    """Keys (candidates, contexts + 1, n): the last one is the mean over the contexts."""
-    return torch.cat([keys, keys.mean(1, keepdim=True)], 1)
-
-
-def _mapped(keys: Tensor, one: RightMap, eigen: Basis) -> Tensor:
-    """The right vectors of keys (edits, n)."""
-    return ((keys @ eigen.vectors) * one.weights) @ eigen.vectors.mT
-
-
 def _objects(
     update: WeightUpdate,
     model: nn.Module | None,
@@ -336,7 +287,7 @@ def _objects(
     objects: Sequence[str] | None,
 ) -> tuple[pd.DataFrame, str]:
     """What the edits say, and what the answer rests on."""
-    if model is None or tokenizer is None or not found or wide:
+    if model is None or tokenizer is None or not found or (wide and not parts):
         why = wide or ("nothing was changed" if not found else "it needs a model and its tokenizer")
         return pd.DataFrame(columns=list(COLUMNS)), f"no answer: {why}"
     if not parts:
@@ -346,8 +297,10 @@ def _objects(
     order = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     last = max(matched, key=order.index)
     wide_as = [name for name in parts if parts[name][0].shape == parts[last][0].shape]
-    moved = {which: _moved(update, matched, wide_as, which) for which in (tuple(chosen), tuple(unsure))}
-    own = torch.stack([_own(matched[name], parts[name], chosen) for name in wide_as]).sum(0)
+    whole = {
+        which: whole_offsets(update, matched, wide_as, which) for which in (tuple(chosen), tuple(unsure))
+    }
+    own = torch.stack([own_offsets(matched[name], parts[name], chosen) for name in wide_as]).sum(0)
     return read_objects(
         model=model,
         tokenizer=tokenizer,
@@ -357,36 +310,9 @@ def _objects(
         controls=[candidates[index] for index in unsure],
         templates=templates,
         objects=objects,
-        offsets={"ΔW k": moved[tuple(chosen)], "parts of the joint fit": own},
-        by_chance=moved[tuple(unsure)],
+        offsets={"ΔW k": whole[tuple(chosen)], "parts of the joint fit": own},
+        by_chance=whole[tuple(unsure)],
     )
-
-
-def _certainty(one: Match) -> float:
-    """How sure the chosen candidates of a matrix are: the mean of −log p."""
-    return float(-one.p_values[one.chosen].log().mean()) if one.chosen else 0.0
-
-
-def _chosen_keys(one: Matched, which: Sequence[int]) -> Tensor:
-    """The keys (subjects, n) of some candidates, each in the context in which it fits best."""
-    return with_mean(one.keys)[list(which), one.match.contexts[list(which)]].double()
-
-
-def _moved(
-    update: WeightUpdate, matched: Mapping[str, Matched], names: Sequence[str], which: Sequence[int]
-) -> Tensor:
-    """Σ ΔW k (subjects, out): what the whole update adds for a subject."""
-    total = []
-    for name in names:
-        keys = _chosen_keys(matched[name], which)
-        total.append((keys @ dense(update.matrix(name)).to(keys).mT).float())
-    return torch.stack(total).sum(0)
-
-
-def _own(one: Matched, part: tuple[Tensor, Tensor], which: Sequence[int]) -> Tensor:
-    """λ (r·k) (subjects, out): what a subject's own part of the joint fit adds for it."""
-    left, right = part
-    return left.mT * (right * _chosen_keys(one, which).to(right)).sum(1, keepdim=True)
 
 
 def _places(found: Sequence[Place], matched: Mapping[str, Matched]) -> pd.DataFrame:
