@@ -195,13 +195,15 @@ def _compared(
 
 
 def _finite(update: WeightUpdate, name: str) -> LowRank | Tensor:
-    """The difference as a matrix (or a vector), in float32 or more; refuses NaN."""
+    """The difference as a matrix or a vector (a number is one of length 1), in float32 or more; no NaN."""
     value = update[name]
     factors = (value.left, value.right) if isinstance(value, LowRank) else (value,)
     if not all(bool(factor.isfinite().all()) for factor in factors):
         raise UpdateError(f"{name} holds NaN or infinite values in {update.source}; mend them first")
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    return value.flatten(1) if isinstance(value, Tensor) and value.ndim > 2 else value
+    if isinstance(value, LowRank):
+        return value
+    return value.flatten(1) if value.ndim > 2 else value.reshape(-1) if not value.ndim else value
 
 
 def _norm(value: LowRank | Tensor) -> float:
@@ -228,10 +230,9 @@ def _agreement(value: LowRank | Tensor, other: LowRank | Tensor) -> float:
 
 
 def _blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """Rows of a matrix, as many at a time as hold about `BLOCK` entries."""
-    rows = shape[0] if len(shape) else 1
+    """Rows of a matrix or entries of a vector, as many at a time as hold about `BLOCK` entries."""
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    return (slice(start, start + step) for start in range(0, rows, step))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 def _rows(value: LowRank | Tensor, block: slice) -> Tensor:

@@ -118,6 +118,13 @@ def test_zero_and_alone():
     assert list(table["parameter"]) == ["w"] and math.isnan(table["largest_angle_left"][0])
 
 
+def test_a_number_is_compared_as_an_entry():
+    """Such as the temperature of CLIP's logits: a parameter without dimensions."""
+    a, b = (WeightUpdate.from_tensors({"logit_scale": torch.tensor(value)}) for value in (2.0, -1.0))
+    row = compare(a, b).rows["logit_scale"]
+    assert (row.shape, row.norm_ratio, row.cosine, row.sign_agreement) == ((), 0.5, -1.0, 0.0)
+
+
 def test_refusals():
     a = WeightUpdate.from_tensors({"w": torch.ones(3, 2)})
     with pytest.raises(UpdateError, match=r"no parameter in common.*has w.*has v"):
