@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +8,6 @@ import scipy.linalg
 import torch
 
 from manifolds import LowRank
-from peft_analysis import compare as module
 from peft_analysis.compare import compare
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates import Weights, WeightUpdate
@@ -85,7 +85,7 @@ def test_an_update_and_itself_negated():
 def test_low_rank_against_dense_and_blocks_of_rows(monkeypatch):
     one, two = values(4), values(5)
     low = compare(WeightUpdate.from_tensors(one), WeightUpdate.from_tensors(two))
-    monkeypatch.setattr(module, "BLOCK", 50)
+    monkeypatch.setattr(sys.modules["peft_analysis.compare"], "BLOCK", 50)
     full = {n: dense(v).float() for n, v in one.items()}
     full = WeightUpdate.from_tensors({**one, "linear.weight": full["linear.weight"]})
     mixed = compare(full, WeightUpdate.from_tensors(two), top=3)
