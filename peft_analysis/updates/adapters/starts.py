@@ -40,11 +40,12 @@ def changes(part: Part, foundation: Foundation) -> Iterator[Change]:
             "base tells; save it with path_initial_model_for_weight_conversion, or give the live model and "
             "the base"
         )
-    if part.tensors.keys() & set(lora.EMBEDDING) or len(part.tensors["lora_A.weight"].shape) > 2:
+    down = part.tensors.get(lora.LINEAR[0])
+    if down is None or len(down.shape) > 2:
         return  # peft starts embeddings and convolutions as any LoRA
     if start.startswith("pissa") or start == "olora":
         shape, layout = lora.stored_shape(part, foundation)
-        rank = part.tensors["lora_A.weight"].shape[0]
+        rank = down.shape[0]
         details = {"start": start}
         if "niter" in start:
             details["start_is"] = "approximate: peft starts from a random decomposition that is not stored"

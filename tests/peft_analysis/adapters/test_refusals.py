@@ -91,9 +91,10 @@ def test_a_file_that_is_cut_short(lora):
     refused(built("net"), lora, "neither adapter_model.safetensors nor adapter_model.bin")
 
 
-def test_a_factor_that_is_missing(lora):
-    tensors(lora, lambda held: held.pop("base_model.model.line.lora_B.weight"))
-    refused(built("net"), lora, "line: lora_B.weight is missing")
+@pytest.mark.parametrize("factor", ["lora_A.weight", "lora_B.weight"])
+def test_a_factor_that_is_missing(factor, lora):
+    tensors(lora, lambda held: held.pop(f"base_model.model.line.{factor}"))
+    refused(built("net"), lora, f"line: {factor} is missing")
 
 
 def test_a_tensor_that_nothing_explains(lora):
