@@ -15,13 +15,13 @@ from manifolds import LowRank
 from peft_analysis.errors import UpdateError
 from peft_analysis.subspaces import principal_angles
 from peft_analysis.updates import WeightUpdate
+from peft_analysis.updates.names import listed
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TOP = 8
 BLOCK = 2**20  # entries of a low rank that are multiplied out at a time, to compare signs
-LISTED = 10  # names in a message, at most
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ def compare(a: WeightUpdate, b: WeightUpdate, *, top: int = TOP) -> Comparison:
     shared = [name for name in a if name in b]
     if not shared:
         raise UpdateError(
-            f"the updates have no parameter in common; {a.source} has {_listed(list(a))}, and {b.source} has "
-            f"{_listed(list(b))}. Are they of one base?"
+            f"the updates have no parameter in common; {a.source} has {listed(a)}, and {b.source} has "
+            f"{listed(b)}. Are they of one base?"
         )
     shapes = {name: (tuple(a.entries[name].shape), tuple(b.entries[name].shape)) for name in shared}
     differ = [f"{name}: {one} and {other}" for name, (one, other) in shapes.items() if one != other]
     if differ:
-        raise UpdateError(f"shapes differ; are they updates of one base? {_listed(differ)}")
+        raise UpdateError(f"shapes differ; are they updates of one base? {listed(differ, '; ')}")
     rows = {name: _compared(_finite(a, name), _finite(b, name), a, name, top) for name in shared}
     only_a, only_b = (tuple(name for name in one if name not in other) for one, other in ((a, b), (b, a)))
     norm_a = math.hypot(*(row.norm_a for row in rows.values()), *(_norm(_finite(a, n)) for n in only_a))
@@ -251,11 +251,6 @@ def _bases(matrix: LowRank | Tensor, top: int) -> tuple[Float[Tensor, "m r"], Fl
 
 def _over(number: float, by: float) -> float:
     return number / by if by else math.nan
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _plain(value: Any) -> Any:

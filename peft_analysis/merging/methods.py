@@ -12,9 +12,10 @@ from manifolds import LowRank
 from peft_analysis.errors import UpdateError
 from peft_analysis.merging.karcher import karcher_mean
 from peft_analysis.merging.nearest import nearest
-from peft_analysis.merging.shares import Share, alike, dense_parts, listed, names_of, shares_of, total
+from peft_analysis.merging.shares import Share, alike, dense_parts, names_of, shares_of, total
 from peft_analysis.merging.sparse import Drop, Election, Scope, Trim, elected
 from peft_analysis.updates.entry import Entry
+from peft_analysis.updates.names import listed
 from peft_analysis.updates.weight_update import WeightUpdate
 
 Method = Literal["exact", "svd", "ties", "dare", "dare_ties", "karcher"]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
+from peft_analysis.updates.names import listed
 from peft_analysis.updates.weight_update import WeightUpdate
 
-LISTED = 10  # names in a message, at most
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -83,12 +83,6 @@ def shares_of(updates: Sequence[WeightUpdate], weights: Sequence[float | int] | 
 def names_of(shares: Iterable[Share]) -> list[str]:
     """Every parameter that one of the updates has, in the order in which they come."""
     return list(dict.fromkeys(name for share in shares for name in share.update))
-
-
-def listed(names: Sequence[str], between: str = ", ") -> str:
-    """The first names and how many more there are."""
-    more = len(names) - LISTED
-    return between.join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def alike(values: Sequence[LowRank], name: str) -> list[LowRank]:

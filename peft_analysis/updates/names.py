@@ -45,8 +45,9 @@ class Chosen:
             )
 
 
-def listed(names: Sequence[str], between: str = ", ", most: int = 8) -> str:
+def listed(names: Iterable[str], between: str = ", ", most: int = 8) -> str:
     """The first names, and how many more there are."""
+    names = list(names)
     more = f"{between}and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more
 

@@ -10,6 +10,7 @@ import torch
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates.adapters.foundation import present
 from peft_analysis.updates.files import Stored, open_file, read_json
+from peft_analysis.updates.names import listed
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -63,7 +64,7 @@ def check_finite(tensors: Mapping[str, Stored], source: str) -> None:
         if stored.dtype.is_floating_point and not bool(torch.isfinite(present(stored.read(), name)).all())
     ]
     if wrong:
-        raise UpdateError(f"{source}: NaN or infinite values in {listed(wrong)}")
+        raise UpdateError(f"{source}: NaN or infinite values in {listed(sorted(wrong))}")
 
 
 def grouped(
@@ -83,10 +84,3 @@ def grouped(
         else:
             rest[name] = stored
     return dict(parts), rest
-
-
-def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    ordered = sorted(names)
-    rest = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + rest

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates.adapters.change import Change, Read
 from peft_analysis.updates.adapters.copies import computed
-from peft_analysis.updates.adapters.folder import listed
 from peft_analysis.updates.adapters.foundation import Foundation, device_of, wide
 from peft_analysis.updates.adapters.part import Part
 from peft_analysis.updates.adapters.whole import TOKENS
 from peft_analysis.updates.entry import Layout
 from peft_analysis.updates.files import Stored
+from peft_analysis.updates.names import listed
 from peft_analysis.updates.weights import Weights
 
 
@@ -223,7 +223,7 @@ def moved(own: Foundation, given: Foundation, merged: Mapping[str, bool]) -> Ite
         raise UpdateError(
             f"{given.source} is not the base of this model: "
             + "; ".join(
-                f"{what}: {listed(names)}"
+                f"{what}: {listed(sorted(names))}"
                 for what, names in (("it lacks", lost), ("of another shape", other))
                 if names
             )

@@ -14,10 +14,11 @@ from peft_analysis.updates.adapters import kinds, live, starts, through_peft, ve
 from peft_analysis.updates.adapters.attention import output_times
 from peft_analysis.updates.adapters.change import Change, entry
 from peft_analysis.updates.adapters.copies import copied
-from peft_analysis.updates.adapters.folder import PREFIX, listed
+from peft_analysis.updates.adapters.folder import PREFIX
 from peft_analysis.updates.adapters.foundation import Foundation
 from peft_analysis.updates.adapters.part import Part
 from peft_analysis.updates.files import Stored
+from peft_analysis.updates.names import listed
 from peft_analysis.updates.weight_update import WeightUpdate
 from peft_analysis.updates.weights import Weights
 
@@ -61,8 +62,8 @@ class _Collected:
         coded = self.foundation.quantised()
         if coded:
             raise UpdateError(
-                f"{self.foundation.source} is quantised: the numbers of {listed(coded)} are codes; give the "
-                "base as it was before"
+                f"{self.foundation.source} is quantised: the numbers of {listed(sorted(coded))} are codes; "
+                "give the base as it was before"
             )
 
     def update(self) -> WeightUpdate:
@@ -73,8 +74,8 @@ class _Collected:
             raise UpdateError(f"{self.source} changes nothing")
         if all(found.details.get("needs_base") for found in entries.values()):
             raise UpdateError(
-                f"{self.source} can be read only beside the base, which all of {listed(entries)} need; "
-                "give it: read_update(base, tuned)"
+                f"{self.source} can be read only beside the base, which all of {listed(sorted(entries))} "
+                "need; give it: read_update(base, tuned)"
             )
         return WeightUpdate(entries, base=self.foundation.weights, source=self.source, skipped=self.skipped)
 
@@ -108,7 +109,7 @@ def from_model(
         raise UpdateError(f"{type(model).__name__} has no adapters in it; were they merged and unloaded?")
     unknown = sorted(set(chosen or ()) - settings.keys())
     if unknown:
-        raise UpdateError(f"there is no adapter {listed(unknown)}; the model has {listed(settings)}")
+        raise UpdateError(f"there is no adapter {listed(unknown)}; the model has {listed(sorted(settings))}")
     inside = base is None or _injected(base)
     foundation = (
         live.own_base(base if isinstance(base, nn.Module) else model) if inside else Foundation.of(base)
@@ -118,7 +119,7 @@ def from_model(
     working = [settings[name] for name in _names_in_effect(model, chosen) if name in settings]
     taken = {str(one.get("init_lora_weights")).lower() for one in working} & starts.TAKEN
     if inside and taken:
-        collected.source += f" upon the base inside it, from which {listed(taken)} took its start"
+        collected.source += f" upon the base inside it, from which {listed(sorted(taken))} took its start"
     merged = _live_parts(model, settings, chosen, collected)
     for name, kind, stored in live.saved(model, chosen):
         collected.check(name, {name: stored})
@@ -171,7 +172,7 @@ def _by_peft(
         stacked = bool(settings.get("target_parameters"))
         lost = [path for path in paths if f"{path}.weight" not in foundation]
         if lost and not stacked:
-            raise UpdateError(f"{foundation.source} has no {listed(lost)}")
+            raise UpdateError(f"{foundation.source} has no {listed(sorted(lost))}")
         made = through_peft.Rebuilt(settings, own, foundation, paths, together=together or stacked)
     except UpdateError as error:
         collected.wrong.append(str(error))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates.adapters.change import Change, Read
 from peft_analysis.updates.adapters.copies import copied, skeleton
-from peft_analysis.updates.adapters.folder import PREFIX, listed
+from peft_analysis.updates.adapters.folder import PREFIX
 from peft_analysis.updates.adapters.foundation import Foundation, wide
 from peft_analysis.updates.adapters.live import layers
 from peft_analysis.updates.files import Stored
+from peft_analysis.updates.names import listed
 
 SHARING = frozenset({"RANDLORA"})
 """Kinds whose modules share tensors, beside those of which peft says so."""
@@ -232,12 +233,14 @@ def _loaded(
 
 
 def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Stored], kind: str) -> None:
-    missing = listed(name.removeprefix(PREFIX) for name in expected.keys() - tensors.keys())
-    unknown = listed(name.removeprefix(PREFIX) for name in tensors.keys() - expected.keys())
+    missing = listed(sorted(name.removeprefix(PREFIX) for name in expected.keys() - tensors.keys()))
+    unknown = listed(sorted(name.removeprefix(PREFIX) for name in tensors.keys() - expected.keys()))
     shapes = listed(
-        f"{name.removeprefix(PREFIX)} ({tuple(tensors[name].shape)}, {tuple(value.shape)} for this base)"
-        for name, value in expected.items()
-        if name in tensors and tensors[name].shape != value.shape
+        sorted(
+            f"{name.removeprefix(PREFIX)} ({tuple(tensors[name].shape)}, {tuple(value.shape)} for this base)"
+            for name, value in expected.items()
+            if name in tensors and tensors[name].shape != value.shape
+        )
     )
     if missing or unknown or shapes:
         told = {"missing": missing, "not known to peft": unknown, "of another shape": shapes}
