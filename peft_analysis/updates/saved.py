@@ -35,6 +35,8 @@ def write_update(update: WeightUpdate, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if not target.parent.is_dir():
         raise UpdateError(f"there is no folder {target.parent} to write {target.name} into")
+    if target.is_dir():
+        raise UpdateError(f"{target} is a folder; give the name of a file in it")
     if target.suffix != SAFE:
         raise UpdateError(f"{target.name} must end with {SAFE}; an update is saved in that format")
     try:
@@ -139,6 +141,11 @@ def _write(file: BinaryIO, update: WeightUpdate, metadata: dict[str, str]) -> No
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for key, value in _values(update):
+        if key in header:
+            raise UpdateError(
+                f"two values would be called {key!r} in the file: a name with '|' in it is that of another's "
+                "part; rename it"
+            )
         end = begin + _write_tensor(file, value.detach())
         header[key] = {"dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
         begin = end

@@ -281,6 +281,15 @@ def test_what_cannot_be_saved_or_loaded_is_named(tmp_path):
         update.save(tmp_path / "u.pt")
     with pytest.raises(UpdateError, match="plain JSON"):
         update_of(details={"x": torch.ones(1)}).save(tmp_path / "u.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UpdateError, match="is a folder"):
+        update.save(tmp_path / "folder.safetensors")
+    twice = WeightUpdate.from_tensors(
+        {"w": LowRank(torch.ones(2, 1), torch.ones(1, 2)), "w|left": torch.ones(2)}
+    )
+    with pytest.raises(UpdateError, match=r"two values would be called 'w\|left'"):
+        twice.save(tmp_path / "u.safetensors")
+    assert os.listdir(tmp_path) == ["folder.safetensors"]
     path = tmp_path / "u.safetensors"
     update.save(path)
     whole = path.read_bytes()
