@@ -77,6 +77,7 @@ def predict(base: Any, *, only: list[str] | None = None) -> dict[str, Prediction
         UpdateError: the base has no such matrix; a matrix has values that are not finite, or is zero.
 
     Example:
+        >>> import torch
         >>> found = predict(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[""]
         >>> found.low <= found.gain <= found.high
         True
@@ -195,8 +196,11 @@ def intruder_threshold(values: Float[Tensor, " p"], shape: tuple[int, int], *, t
     over n, values that are not there being zero (Benaych-Georges and Nadakuditi, 2012, theorem 2.9). Here z
     is the `top`-th value of the base, half a mean spacing above it so that the sums exist.
 
-    >>> round(intruder_threshold(torch.ones(400), (400, 400), top=1), 1) > 0
-    True
+    Beside one direction of size 2 and nothing else, an update must be as large:
+
+    >>> import torch
+    >>> round(intruder_threshold(torch.tensor([2.0, *99 * [0.0]]), (100, 100), top=1), 2)
+    2.03
     """
     m, n = shape
     top = min(top, len(values) - 1)
