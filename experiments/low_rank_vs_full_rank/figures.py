@@ -14,6 +14,7 @@ INK = "#333333"
 MARKS = {"lora": "o", "dora": "D", "relora": "s", "low rank adam": "^", "full": "*"}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 FULL = "#d1495b"
+SIZES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
@@ -53,6 +54,11 @@ def _forgetting(found: dict[str, Any]) -> Figure:
                 linewidths=0,
             )
         axes.set_xscale("log")
+        if x == "relative_norm":
+            sizes = [one[x] for one in found["runs"]]
+            shown = [tick for tick in SIZES if 0.8 * min(sizes) <= tick <= 1.2 * max(sizes)]
+            axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+            axes.minorticks_off()
         axes.set_xlabel(across)
         axes.set_ylabel(up)
         _plain(axes)
