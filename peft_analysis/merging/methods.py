@@ -12,7 +12,7 @@ from manifolds import LowRank
 from peft_analysis.errors import UpdateError
 from peft_analysis.merging.karcher import karcher_mean
 from peft_analysis.merging.nearest import nearest
-from peft_analysis.merging.shares import Share, alike, dense_parts, names_of, shares_of, total
+from peft_analysis.merging.shares import Share, alike, check_bases, dense_parts, names_of, shares_of, total
 from peft_analysis.merging.sparse import Drop, Election, Scope, Trim, elected
 from peft_analysis.updates.entry import Entry
 from peft_analysis.updates.names import listed
@@ -65,8 +65,9 @@ def merge(
             update, so that the values do not depend on the order in which they are read.
 
     Raises:
-        UpdateError: no update; weights that do not fit; shapes that differ (they are listed); an option that
-            the method has not. When a parameter is read: NaN, devices that differ, a mean that is not there.
+        UpdateError: no update; weights that do not fit; bases that differ; shapes that differ (they are
+            listed); an option that the method has not. When a parameter is read: NaN, devices that differ, a
+            mean that is not there.
 
     Source: Yadav et al., "TIES-Merging: resolving interference when merging models" (2023); Yu et al.,
     "Language models are super Mario" (2024).
@@ -88,6 +89,7 @@ def merge(
     """
     shares = shares_of(updates, weights)
     _check_options(method, rank, density, generator)
+    check_bases(updates)
     names = names_of(shares)
     options: dict[str, Any] = {"method": method}
     if method in DENSITY:

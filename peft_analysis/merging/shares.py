@@ -13,6 +13,7 @@ from peft_analysis.updates.names import listed
 from peft_analysis.updates.weight_update import WeightUpdate
 
 HALF = (torch.float16, torch.bfloat16)
+SAME_BASE = 1e-2  # how far a base may be from another copy of it: more than bfloat16 rounds
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,28 @@ def shares_of(updates: Sequence[WeightUpdate], weights: Sequence[float | int] | 
             f"updates of other shapes cannot be merged; are they of one base? {listed(differ, '; ')}"
         )
     return shares
+
+
+def check_bases(updates: Sequence[WeightUpdate]) -> None:
+    """Refuses updates of different bases, told by the first matrix that both bases have.
+
+    A base in half precision and the same in float32 pass.
+    """
+    known = [update for update in updates if update.base is not None]
+    for update in known[1:]:
+        one, other = known[0].base, update.base
+        if one is None or other is None or one is other:
+            continue
+        name = next((name for name in one if len(one.shape(name)) >= 2 and name in other), None)
+        if name is None or one.shape(name) != other.shape(name):
+            continue
+        first, second = one[name], other[name]
+        apart = torch.linalg.vector_norm(second.to(first.device).double() - first.double())
+        if not float(apart) <= SAME_BASE * float(torch.linalg.vector_norm(first.double())):
+            raise UpdateError(
+                f"{known[0].source} and {update.source} have different bases: {name} differs. Read both with "
+                "one base: read_update(base, tuned)"
+            )
 
 
 def names_of(shares: Iterable[Share]) -> list[str]:

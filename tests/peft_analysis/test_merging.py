@@ -44,6 +44,19 @@ def as_dense(value):
     return (value.dense() if isinstance(value, LowRank) else value).double().cpu()
 
 
+def test_updates_of_different_bases_are_refused():
+    layers = [nn.Linear(6, 5) for _ in range(2)]
+    bases = [
+        Weights.of_module(layers[0]),
+        Weights.of_module(layers[0].bfloat16()),
+        Weights.of_module(layers[1]),
+    ]
+    a, b, c = (WeightUpdate.from_tensors({"weight": dense(5, 6, seed=1)}, base=base) for base in bases)
+    assert len(merge([a, b])) == 1
+    with pytest.raises(UpdateError, match="different bases: weight differs"):
+        merge([a, c])
+
+
 # Sums
 
 
