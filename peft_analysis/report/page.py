@@ -49,7 +49,7 @@ def payload(report: "Report") -> dict[str, Any]:
     found: dict[str, Any] = _short(
         {
             "title": f"What {report.name} changed",
-            "asked": f"{asked[0].upper()}{asked[1:]}: {len(report.rows)} matrices of {size:,} numbers.",
+            "asked": f"Read from {asked}: {len(report.rows)} matrices of {size:,} numbers.",
             "stem": re.sub(r"[^A-Za-z0-9_.-]+", "-", report.name).strip("-.") or "report",
             "headline": words.headline(report),
             "lines": words.lines(report),

@@ -141,7 +141,7 @@ def _alignment(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
     having = [row for row in counted if row["intruders_left"] + row["intruders_right"]]
     if counted:
         most = max(counted, key=lambda row: row["intruders_left"] + row["intruders_right"])
-        where = f"{most['intruders_left']} outputs, {most['intruders_right']} inputs"
+        where = f"{_count(most['intruders_left'], 'output')}, {_count(most['intruders_right'], 'input')}"
         told = f"Intruder dimensions in {len(having)} of {_count(len(counted), 'matrix', 'matrices')}"
         yield told + (f", most in {name_of(most)} ({where})." if having else ".")
 
