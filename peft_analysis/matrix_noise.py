@@ -1,7 +1,5 @@
 """Which noise one matrix's difference carries: of one rounding, of several, or of a dead zone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Low rank or full rank: what one matrix of an update is, with the odds that it is the other."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from functools import partial

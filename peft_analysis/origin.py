@@ -1,7 +1,5 @@
 """Where an update comes from: what its matrices have in common, and what else it could be."""
 
-from __future__ import annotations
-
 import math
 import re
 import statistics

@@ -6,8 +6,6 @@ Published evidence on such predictors is mixed, and the record here says how lit
 `experiments.spectral_entropy_predicts_peft`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -78,6 +76,7 @@ def predict(base: Any, *, only: list[str] | None = None) -> dict[str, Prediction
 
     Example:
         >>> import torch
+        >>> from peft_analysis import predict
         >>> found = predict(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[""]
         >>> found.low <= found.gain <= found.high
         True

@@ -12,8 +12,6 @@ mean, and p those of a product of factors that was itself rounded before it was 
 finest grid tell the second term, those with the coarsest the first.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

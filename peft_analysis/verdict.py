@@ -1,7 +1,5 @@
 """What an update is, and where it comes from: an adapter, a merged LoRA, a fine-tune, ReLoRA, an edit."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
