@@ -44,8 +44,8 @@ def read_objects(
         subjects: that were found. controls: candidates that were not.
         templates: by relation.
         objects: candidates, or None for any token.
-        offsets: (subjects, d) in the ways in which they can be taken from the update; the way whose cosines
-            are larger on the first subjects is used.
+        offsets: (subjects, d) in the ways in which they can be taken from the update; the way in which
+            objects lead by more on the first subjects is used.
         by_chance: (controls, d), ΔW k of the controls.
     """
     flat = [(name, text) for name, texts in templates.items() for text in texts]
@@ -67,7 +67,7 @@ def read_objects(
         return aligned(model, weights, module, prompts, numbers, values, said.tokens)
 
     tried = {way: read(subjects[:TRIED], one[:TRIED]) for way, one in offsets.items()}
-    way = max(tried, key=lambda name: float(tried[name].cosine.mean()))
+    way = max(tried, key=lambda name: float(tried[name].lead.mean()))
     found = tried[way] if len(subjects) <= TRIED else read(subjects, offsets[way])
     usual = read(list(controls)[:CONTROLS], by_chance[:CONTROLS]).cosine
     table["relation"] = [names[int(index)] for index in found.relation]
