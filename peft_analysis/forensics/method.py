@@ -17,7 +17,7 @@ class Method:
 
     Attributes:
         name: "ROME", "MEMIT", "AlphaEdit", "edit" (one of them, unknown which), "adapter" (small rank in many
-            places), "fine-tune", "none".
+            places), "fine-tune", "rounding" (stored in another precision), "none".
         clear: whether the evidence leaves no other name.
         alternatives: the names that it does not rule out.
         evidence: what was seen, in words.
@@ -57,6 +57,9 @@ def recognise(
         told = f"only vectors were changed: {', '.join(vectors[:3])}"
         return Method("fine-tune", False, ("adapter",), (told,))
     evidence = _told(found)
+    if not any(place.rank.rank for place in found):
+        told = "no component of any matrix stands above the noise of rounding"
+        return Method("rounding", False, ("fine-tune",), (told, *evidence))
     if wide:
         small = [place for place in found if place.rank.high <= place.full // 2]
         evidence.append(wide)

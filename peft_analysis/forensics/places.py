@@ -12,6 +12,9 @@ from peft_analysis.noise import RankEstimate, true_rank
 from peft_analysis.spectrum import singular_values
 from peft_analysis.updates import Entry, WeightUpdate
 
+GAP = 0.01
+"""So much smaller than the last component must be what is called an error of float32."""
+
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -72,13 +75,14 @@ def _rank(
     """The rank, without a simulation of rounding where there is none to be seen.
 
     An edit that was computed in float32 has components of the size of float32's own errors; where nothing
-    else is left of the spectrum, what stands above them is the rank.
+    else is left of the spectrum, and two or more of them, what stands above is the rank. (Noise of a square
+    matrix has one tiny singular value by itself.)
     """
     if isinstance(difference, Tensor):
         values = singular_values(difference)
         floor = max(difference.shape) * torch.finfo(torch.float32).eps * float(values[0])
         count = int((values > floor).sum())
-        if count < len(values):
+        if count + 2 <= len(values) and float(values[count]) < GAP * float(values[count - 1]):
             reason = "all other components are as small as float32's own errors"
             return RankEstimate(count, count, count, floor, True, reason, "float arithmetic")
     return true_rank(

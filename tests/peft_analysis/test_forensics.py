@@ -9,6 +9,7 @@ from manifolds import LowRank
 from peft_analysis import UpdateError, Weights, WeightUpdate
 from peft_analysis.forensics import EditTrace, trace
 from peft_analysis.forensics.keys import around, owners, prompt, second_moments, subject_keys
+from peft_analysis.forensics.places import places
 
 FIRST = ["alice", "bob", "carol", "paris", "rome", "berlin"]
 LAST = ["smith", "jones", "york", "red", "green", "blue"]
@@ -320,3 +321,25 @@ def test_a_trace_is_plain_data(tiny_gpt2, tiny_tokenizer):
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["table"][0]["subject"] == CANDIDATES[0] and plain["table"][0]["relation"] in RELATIONS
     assert plain["edits"] == [1, 1, 1] and CANDIDATES[0] in str(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_of_square_matrices_that_were_merged(dtype):
+    """Rounding of a square matrix has one tiny singular value by itself; it is no end of the spectrum."""
+    generator = torch.Generator().manual_seed(2)
+    base, left, right = (torch.randn(size, generator=generator) for size in ((96, 96), (96, 3), (3, 96)))
+    base = base.to(dtype)
+    change = (base.float() + 0.1 * left @ right).to(dtype).float() - base.float()
+    weights = Weights.of_module(torch.nn.ParameterDict({"square": base}))
+    update = WeightUpdate.from_tensors({"square": change}, base=weights, rounded=dtype, base_rounded=dtype)
+    (place,) = places(update)
+    assert (place.rank.rank, place.rank.low) == (3, 3)
+
+
+def test_rounding_alone_is_called_so(tiny_llama, tiny_tokenizer):
+    rounded = copy.deepcopy(tiny_llama).bfloat16().float()
+    for name, value in tiny_llama.named_parameters():
+        if "block" not in name and "layers.1.mlp" not in name:
+            rounded.get_parameter(name).data.copy_(value)
+    found = trace(tiny_llama, rounded, None, tiny_tokenizer, CANDIDATES, RELATIONS, decoys=DECOYS)
+    assert found.method.name == "rounding" and found.edits[:2] == (0, 0) and found.subjects == ()
