@@ -32,14 +32,15 @@ def degree(found: dict[str, Any]) -> str:
         else "**What it does does not follow the rank step by step.** "
     )
     text += (
-        f"All methods learn the facts. At one loss ({full['loss']:g} nats) LoRA forgets {ranks}, and full "
+        f"All methods learn the facts. At one loss ({full['loss']:g} nats; the sweep of {full['model']}, one "
+        f"seed) LoRA forgets {ranks}, and full "
         f"fine-tuning {full['forgotten']:.2f}. "
     )
     if min(steps) > 0:
         text += f"Every step up in rank forgets less; the last one, to full, {steps[-1]:.2f} less. "
     sizes = [f"{row['relative_norm']:.2f}" for row in (low[0], low[-1], full)]
     return text + (
-        f"So does the size of the update, ‖ΔW‖ / ‖W‖ from {sizes[0]} to {sizes[1]} and, full, {sizes[2]}: "
+        f"The size of the update falls with it, ‖ΔW‖ / ‖W‖ from {sizes[0]} to {sizes[1]} and, full, {sizes[2]}: "
         "the lower the rank, the more of it the same facts need."
     )
 

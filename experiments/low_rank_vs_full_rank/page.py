@@ -185,5 +185,7 @@ LIMITS = """## What this does not show
   between them.
 - The regression is one of few runs that share models and seeds: its standard errors take them as independent
   and are too small.
+- A LoRA of rank 64 is of full rank where a matrix has 64 rows, as the key and value maps of almanac-llama
+  have: "full rank" is the right answer there.
 - Full fine-tuning also moves embeddings and norms; the tables compare the matrices that all methods train.
 """
