@@ -40,8 +40,8 @@ def degree(found: dict[str, Any]) -> str:
         text += f"Every step up in rank forgets less; the last one, to full, {steps[-1]:.2f} less. "
     sizes = [f"{row['relative_norm']:.2f}" for row in (low[0], low[-1], full)]
     return text + (
-        f"The size of the update falls with it, ‖ΔW‖ / ‖W‖ from {sizes[0]} to {sizes[1]} and, full, {sizes[2]}: "
-        "the lower the rank, the more of it the same facts need."
+        f"The size of the update falls with it, ‖ΔW‖ / ‖W‖ from {sizes[0]} to {sizes[1]} and, full, "
+        f"{sizes[2]}: the lower the rank, the more of it the same facts need."
     )
 
 
