@@ -7,12 +7,12 @@ rank-one edits, nothing, and rounding alone.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -233,23 +233,38 @@ def right(row: dict[str, Any]) -> bool:
     return bool(row["statement"] == TRUTHS[row["origin"]] and row["found"] == row["origin"])
 
 
-def run(settings: Settings | None = None, *, every: int = 1) -> dict[str, Any]:
-    """Judge every case (or every n-th), write JSON and page; return what is in the JSON."""
+def run(
+    settings: Settings | None = None,
+    *,
+    rows: list[dict[str, Any]] | None = None,
+    every: int = 1,
+    first: int = 1,
+) -> dict[str, Any]:
+    """Judge the cases, write JSON and page; return what is in the JSON.
+
+    Args:
+        settings: the grid.
+        rows: of cases that have been judged; judged now if not given.
+        every: of so many neighbours in the grid …
+        first: … the first so many are judged.
+    """
     settings = settings or Settings()
     started = time.perf_counter()
-    rows = []
-    for case in list(cases(settings))[::every]:
-        rows.append(judged(case, settings.blocks))
-        if not right(rows[-1]):
-            log.info("%s", rows[-1])
+    chosen = [case for number, case in enumerate(cases(settings)) if number % every < first]
+    if rows is None:
+        rows = []
+        for case in chosen:
+            rows.append(judged(case, settings.blocks))
+            if not right(rows[-1]):
+                log.info("%s", rows[-1])
     found = {
-        "settings": {**asdict(settings), "folder": settings.folder.name, "every": every},
-        "seconds": round(time.perf_counter() - started),
+        "settings": {**asdict(settings), "folder": settings.folder.name, "every": every, "first": first},
+        "seconds": round(time.perf_counter() - started + sum(row["seconds"] for row in rows)),
         "rows": rows,
     }
     text = json.dumps(plain(found), separators=(",", ":"), allow_nan=False)
     write_text(settings.folder / f"{NAME}.json", text + "\n")
-    write_text(settings.folder / f"{NAME}.md", page(rows, settings))
+    write_text(settings.folder / f"{NAME}.md", page(rows, settings, share=(first, every)))
     return found
 
 
@@ -274,9 +289,10 @@ def tally(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def page(rows: list[dict[str, Any]], settings: Settings) -> str:
-    """The table of the documentation."""
+def page(rows: list[dict[str, Any]], settings: Settings, *, share: tuple[int, int] = (1, 1)) -> str:
+    """The table of the documentation; `share` of the grid was judged."""
     norms = sorted({row["norm"] for row in rows}, reverse=True)
+    options = f" --every {share[1]} --first {share[0]}" if share[0] < share[1] else ""
     lines = [
         "# How often a verdict is right",
         "",
@@ -286,6 +302,11 @@ def page(rows: list[dict[str, Any]], settings: Settings) -> str:
         "float16, on a base of the same dtype or of float32. LoRA ranks "
         f"{', '.join(map(str, settings.ranks))} up to a quarter of the smaller side.",
         "",
+        *(
+            [f"Of every {share[1]} neighbours in this grid {share[0]} were judged.", ""]
+            if share[0] < share[1]
+            else []
+        ),
         "An update is *right* when both its statement and its origin are. *Unknown* is what a verdict says",
         "where the noise hides the answer. A matrix counts by its statement alone.",
         "",
@@ -306,7 +327,7 @@ def page(rows: list[dict[str, Any]], settings: Settings) -> str:
         lines.append(f"| {stored} on {base} | {tally(chosen)} |")
     wrong = [row for row in rows if not right(row)]
     lines += ["", "## What was not right", "", *(_told(row) for row in wrong[:40])] if wrong else []
-    lines += ["", "## Again", "", "```bash", "python -m experiments.verdict_accuracy", "```"]
+    lines += ["", "## Again", "", "```bash", f"python -m experiments.verdict_accuracy{options}", "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -325,6 +346,11 @@ def _told(row: dict[str, Any]) -> str:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    folder = [Path(word) for word in sys.argv[1:] if word != "--small"]
-    chosen = Settings.small() if "--small" in sys.argv[1:] else Settings()
-    run(replace(chosen, folder=folder[0]) if folder else chosen)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=None, help="where the table goes")
+    parser.add_argument("--small", action="store_true", help="a slice of a few seconds")
+    parser.add_argument("--every", type=int, default=1, help="of so many neighbours in the grid …")
+    parser.add_argument("--first", type=int, default=1, help="… the first so many are judged")
+    given = parser.parse_args()
+    grid = Settings.small(Path("verdict-out")) if given.small else Settings()
+    run(replace(grid, folder=given.folder or grid.folder), every=given.every, first=given.first)

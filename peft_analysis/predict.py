@@ -73,15 +73,6 @@ def predict(base: Any, *, only: list[str] | None = None) -> dict[str, Prediction
 
     Raises:
         UpdateError: the base has no such matrix; a matrix has values that are not finite, or is zero.
-
-    Example:
-        >>> import torch
-        >>> from peft_analysis import predict
-        >>> found = predict(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[""]
-        >>> found.low <= found.gain <= found.high
-        True
-        >>> sorted(found.features)
-        ['alpha', 'condition', 'effective_rank', 'entropy', 'stable_rank', 'threshold']
     """
     if isinstance(base, Tensor):
         return {"": predict_matrix(base)}
@@ -109,7 +100,16 @@ def _as_matrix(weights: Weights, name: str) -> Tensor:
 
 
 def predict_matrix(matrix: Tensor, *, parameter: str = "") -> Prediction:
-    """Predict for one matrix; see `predict`. Convolutions are read as (out, in · height · width)."""
+    """Predict for one matrix; see `predict`. Convolutions are read as (out, in · height · width).
+
+    Example:
+        >>> import torch
+        >>> found = predict_matrix(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+        >>> found.low <= found.gain <= found.high
+        True
+        >>> sorted(found.features)
+        ['alpha', 'condition', 'effective_rank', 'entropy', 'stable_rank', 'threshold']
+    """
     named = parameter or "the matrix"
     if matrix.ndim < 2:
         raise UpdateError(f"{named} has shape {tuple(matrix.shape)}; give a matrix (out, in)")

@@ -110,7 +110,7 @@ def made_up(settings):
 
 
 def test_the_study_finds_a_law_that_is_there(tmp_path):
-    settings = replace(Settings.small(tmp_path), blocks=None)
+    settings = replace(Settings.small(tmp_path), blocks=3)
     found = run(settings, rows=made_up(settings))
     saved = json.loads((tmp_path / "spectral_entropy_predicts_peft.json").read_text())
     assert saved == json.loads(json.dumps(found))
