@@ -1,7 +1,7 @@
 """The edge of rounding noise in a spectrum, and the rank that stands above it."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from peft_analysis.noise_nulls import (
     CLEAR,
     GAP,
     MARGIN,
-    Null,
+    Expected,
     Parts,
     RoundingNull,
     SignNull,
+    balanced,
+    repeated,
     search,
     several_roundings,
     what_was_rounded,
@@ -28,21 +30,26 @@ from peft_analysis.spectrum import check_matrix, singular_values
 class NoiseEdge:
     """Where the noise of rounding ends in the spectrum of a difference.
 
+    All is in the units of the difference itself. Where rows or columns carry noise of unequal size, the rank
+    was found in another matrix of the same rank, with rows and columns multiplied so that the noise is even;
+    what was seen there is in `balanced`. Components of the difference itself may then lie below its edge.
+
     Attributes:
         edge: the largest singular value that noise alone is expected to give, beside the components above it.
             0 where there is no noise.
         interval: the edge is believed between these.
-        count: how many singular values of the difference are above the edge.
+        count: how many components stand above the noise.
         method: "exact" (factors), "simulated rounding" (base known), "random signs" (the difference alone),
             "random signs (2 roundings)" (base known, the noise that of two merges one upon another), or
             "float arithmetic" (nothing below the components but errors of the last digit).
-        first_noise: the largest singular value of the difference below the edge.
-        last_signal: the smallest one above it; NaN if there is none.
+        first_noise: the largest singular value of the difference after the first `count`.
+        last_signal: the smallest of those; NaN if there is none.
         hidden: energy of the difference below the edge beyond what noise explains, in units of edge²; NaN
             where the noise's own energy is not known.
         hidden_error: its standard error.
         unmoved: the share of entries that did not change.
         values: all singular values of the difference (p,).
+        balanced: the edge of the matrix in which the rank was found, where that is not the difference itself.
     """
 
     edge: float
@@ -55,10 +62,12 @@ class NoiseEdge:
     hidden_error: float
     unmoved: float
     values: Tensor
+    balanced: "NoiseEdge | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """All but the singular values, in plain Python."""
-        return {name: value for name, value in asdict(self).items() if name != "values"}
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"}
+        return found | {"balanced": self.balanced.to_dict() if self.balanced is not None else None}
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,9 @@ def noise_edge(
     largest singular value beyond the k leading ones of what is then read is the edge that rank k predicts.
     The rank is the smallest k whose next singular value does not exceed that edge. Rows, columns and single
     entries of very different size, updates larger or smaller than the spacing of the dtype, and the
-    components that rounding itself makes of a structured update are all in the simulation.
+    components that rounding itself makes of a structured update are all in the simulation. Where the spacing
+    of the stored numbers differs from row to row or column to column, rows and columns are first multiplied
+    by powers of two that make it even, which keeps the rank; see `balance`.
 
     Without the base nothing can be rounded again. Then the residual beyond k components has its entries'
     signs drawn anew (parallel analysis): noise keeps its spectrum, structure loses it.
@@ -140,15 +151,29 @@ def noise_edge(
     unmoved = float((wanted == 0).double().mean()) if wanted.numel() else 1.0
     if not parts.count or float(parts.values[0]) == 0:
         return NoiseEdge(0.0, (0.0, 0.0), 0, "exact", 0.0, math.nan, 0.0, 0.0, unmoved, parts.values)
-    null: Null = RoundingNull(parts, *model) if model is not None else SignNull(parts)
-    count = search(parts, null)
+    if model is None:
+        signs = SignNull(parts)
+        count = search(parts, signs)
+        found = signs(count)
+        method = "float arithmetic" if found.edge <= floor else signs.method
+        return _told(parts, count, found, method, unmoved)
+    plain = RoundingNull(parts, *model)
+    even = balanced(wanted, *model)
+    null = plain if even is None else RoundingNull(Parts(even[0], generator), model[0], even[1])
+    count = search(null.parts, null)
     found, method = null(count), null.method
-    if base is None and found.edge <= floor:
-        method = "float arithmetic"
-    several = several_roundings(parts, null, count) if isinstance(null, RoundingNull) else None
+    several = several_roundings(null.parts, null, count)
     if several is not None:
         count, found = several[:2]
         method = f"random signs ({several[2]} roundings)"
+    edge = _told(null.parts, count, found, method, unmoved)
+    if even is None:
+        return edge
+    found = plain(count) if several is None else repeated(parts, plain, count, several[2])
+    return replace(_told(parts, count, found, method, unmoved), balanced=edge)
+
+
+def _told(parts: Parts, count: int, found: Expected, method: str, unmoved: float) -> NoiseEdge:
     return NoiseEdge(
         edge=found.edge,
         interval=(found.edge * (1 - MARGIN), found.edge * (1 + MARGIN)),
@@ -205,6 +230,8 @@ def true_rank(
 
 def judge(edge: NoiseEdge, full: int) -> RankEstimate:
     """The rank and its interval from a noise edge; `full` is min(m, n)."""
+    if edge.balanced is not None:
+        return replace(judge(edge.balanced, full), edge=edge.edge)
     rank = edge.count
     if edge.method == "exact":
         reason = "no entry differs" if rank == 0 else "the update is known in factors"

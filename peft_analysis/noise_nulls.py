@@ -1,14 +1,14 @@
 """What noise alone would give beyond the leading components of a difference: the hypotheses of `noise`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peft_analysis.rounding import Rounding, largest_singular_value, storage_dtype
+from peft_analysis.rounding import Rounding, balance, largest_singular_value, storage_dtype
 from peft_analysis.spectrum import gram
 
 MARGIN = 0.04  # how far above the simulated edge a singular value must be, beside the spread of the draws
@@ -217,8 +217,15 @@ def several_roundings(parts: Parts, null: RoundingNull, count: int) -> tuple[int
     roundings = round(energy / one.energy)
     if not 1 < roundings <= MOST_ROUNDINGS or abs(energy / one.energy - roundings) > WHOLE * roundings:
         return None
+    return count, repeated(parts, null, count, roundings), roundings
+
+
+def repeated(parts: Parts, null: RoundingNull, count: int, roundings: int) -> Expected:
+    """What that many roundings, one upon another, leave beyond a rank; the edge is that of random signs."""
+    edge, one = SignNull(parts)(count).edge, null(count)
+    energy = float(parts.values[count:].double().square().sum())
     error = one.hidden_error * (one.edge / edge) ** 2 * roundings
-    return count, Expected(edge, (energy - roundings * one.energy) / edge**2, error), roundings
+    return Expected(edge, (energy - roundings * one.energy) / edge**2, error)
 
 
 def search(parts: Parts, null: Null) -> int:
@@ -271,6 +278,20 @@ def what_was_rounded(
     if torch.finfo(base_rounded).eps > torch.finfo(rounded).eps:
         return -1.0, _rounding(after, base_rounded)
     return 1.0, _rounding(exact, rounded)
+
+
+def balanced(
+    matrix: Float[Tensor, "m n"], sign: float, rounding: Rounding
+) -> tuple[Float[Tensor, "m n"], Rounding] | None:
+    """The difference and its rounding with even noise in rows and columns; None if it is even already.
+
+    Args:
+        matrix: the difference.
+        sign: of the update; the stored values are those that were rounded plus sign times the difference.
+        rounding: of the plain difference.
+    """
+    scale = balance(rounding.base + sign * matrix, rounding.dtype)
+    return None if scale is None else (matrix * scale, replace(rounding, scale=scale))
 
 
 def _rounding(base: Float[Tensor, "m n"], dtype: torch.dtype) -> Rounding:

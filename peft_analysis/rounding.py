@@ -6,6 +6,7 @@ spacing / √12. Where it is smaller, and the base lies on the same grid, most e
 D is a thinned and distorted U. Nothing but the rounding itself describes both, so it is run on hypotheses.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 _GAIN_ROUNDS = 4  # that match the sizes of the components
 _FIT_ROUNDS = 60  # that match the components themselves
 _LEAST_GAIN = 0.15
+_BALANCE_ROUNDS = 4  # zeros couple the means of rows and columns
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,27 @@ class Rounding:
         base: the weights that the update was added to (m, n), in the dtype of the computation.
         dtype: that the sum was stored in.
         aligned: whether the base is made of numbers of that dtype; only then can entries stay in place.
+        scale: powers of two that updates and readings are given in; see `balance`. None for ones.
     """
 
     base: Float[Tensor, "m n"]
     dtype: torch.dtype
     aligned: bool
+    scale: Float[Tensor, "m n"] | None = None
 
     def read(self, update: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        """The difference that is read after an update: round(W + U) − W."""
+        """The difference that is read after an update: round(W + U) − W; of S ∘ U it is S ∘ it."""
         largest = torch.finfo(self.dtype).max
-        return (self.base + update).clamp(-largest, largest).to(self.dtype).to(update.dtype) - self.base
+        added = update if self.scale is None else update / self.scale
+        read = (self.base + added).clamp(-largest, largest).to(self.dtype).to(update.dtype) - self.base
+        return read if self.scale is None else read * self.scale
 
     def dithered(self, generator: torch.Generator) -> Float[Tensor, "m n"]:
         """Errors of rounding weights a random step beside the base: evenly spread, whatever the base."""
         step = torch.rand(self.base.shape, generator=generator, device=generator.device).to(self.base)
         beside = self.base * (1 + (2 * step - 1) * torch.finfo(self.dtype).eps)
-        return beside.to(self.dtype).to(self.base.dtype) - beside
+        error = beside.to(self.dtype).to(self.base.dtype) - beside
+        return error if self.scale is None else error * self.scale
 
     def fit(
         self,
@@ -82,6 +89,31 @@ class Rounding:
             scaled = basis @ scaled.mT
         outer, sizes, inner = torch.linalg.svd(scaled, full_matrices=False)
         return outer, sizes, frame @ inner.mT
+
+
+def balance(stored: Float[Tensor, "m n"], dtype: torch.dtype) -> Float[Tensor, "m n"] | None:
+    """S = r cᵀ of powers of two that makes the errors of rounding about as large in all rows and columns.
+
+    S ∘ D has the rank of D, and r and c are the inverse geometric means of the spacing of numbers over rows
+    and columns. Noise of unequal rows hides components behind the largest of them, and its largest singular
+    values are single rows; even noise ends in a sharp edge. None where it is even to within a factor of √2.
+
+    Args:
+        stored: the rounded values; those that are zero have no error and do not count.
+        dtype: that they were rounded to.
+    """
+    exponent = torch.frexp(stored)[1].clamp_min(math.frexp(torch.finfo(dtype).smallest_normal)[1])
+    counts = (stored != 0).to(stored.dtype)
+    if not bool(counts.any()):
+        return None
+    size = exponent - (exponent * counts).sum() / counts.sum()
+    per_row, per_column = counts.sum(1, keepdim=True).clamp_min(1), counts.sum(0, keepdim=True).clamp_min(1)
+    columns = torch.zeros_like(per_column)
+    for _ in range(_BALANCE_ROUNDS):
+        rows = ((size - columns) * counts).sum(1, keepdim=True) / per_row
+        columns = ((size - rows) * counts).sum(0, keepdim=True) / per_column
+    power = -(rows.round() + columns.round())
+    return torch.exp2(power) if bool((power != 0).any()) else None
 
 
 def storage_dtype(
