@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_analysis.noise import NoiseEdge, noise_edge
 from peft_analysis.remainder import MOST, Remainder, continued, leading_part
-from peft_analysis.rounding import Rounding
+from peft_analysis.rounding import Rounding, balance
 
 MERGED, ROOM = 1.5, 0.05
 """More roundings than one, and the share of directions that may hide beside them."""
@@ -71,7 +71,7 @@ def simulated(
     and is read again with a tail of the continued spectrum's energy, in random directions, and without. Also
     returned: edge² in units of the energy of one rounding.
     """
-    one = value.numel() * left.noise**2
+    one, edge = value.numel() * left.noise**2, edge.balanced or edge
     unit, rank = edge.edge**2 / one, edge.count
     found = replace(
         left,
@@ -83,7 +83,9 @@ def simulated(
         return found, unit
     if len(value) > value.shape[1]:
         value, base = value.mT, base.mT
-    d, rounding = value.double(), Rounding(base.double(), rounded, aligned=True)
+    scale = balance(base.double() + value.double(), rounded)
+    d = value.double() if scale is None else value.double() * scale
+    rounding = Rounding(base.double(), rounded, aligned=True, scale=scale)
     outer, inner, sizes, _ = leading_part(d, rank, generator)
     outer, sizes, inner = rounding.fit(d, outer, sizes, inner)
     update = (outer * sizes) @ inner.mT

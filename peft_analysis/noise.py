@@ -12,6 +12,7 @@ from peft_analysis.errors import UpdateError
 from peft_analysis.noise_nulls import (
     CLEAR,
     GAP,
+    LEFT,
     MARGIN,
     Expected,
     Parts,
@@ -241,6 +242,8 @@ def judge(edge: NoiseEdge, full: int) -> RankEstimate:
     many = f"{edge.unmoved:.0%} of the entries did not move" if edge.unmoved > 0.5 else ""
     if rank == full:
         why, high = "every singular value is above the noise", full
+    elif full - rank < LEFT * full:
+        why, high = "too few values are left below the edge to tell noise from an update of full rank", full
     elif edge.hidden > 2.5 * edge.hidden_error + 0.25:
         why, high = f"below the edge lies {edge.hidden:.1f} edge² more than rounding explains", full
     elif rank == 0:

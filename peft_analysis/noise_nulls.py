@@ -14,6 +14,7 @@ from peft_analysis.spectrum import gram
 MARGIN = 0.04  # how far above the simulated edge a singular value must be, beside the spread of the draws
 CLEAR = 0.1  # and how far to be counted for certain
 GAP = 2.0  # a last value so many times above the edge ends a spectrum, rather than fading into the noise
+LEFT = 0.125  # of all singular values must be below the edge for the rank to have an upper bound
 EXPLAINED = 0.25  # an error of reading, over the edge, that leaves a fit of that rank nothing to explain
 DRAWS = 3
 SLIGHT = 1e-3  # share of the rounding noise's energy that the errors of the update's own arithmetic must have
@@ -143,7 +144,9 @@ class RoundingNull:
         """
         epsilon = torch.finfo(self.rounding.dtype).eps
         roundings = 1.0 if epsilon > 1e-5 else rank / 2 + 3
-        share = torch.linalg.vector_norm(update) / torch.linalg.vector_norm(self.rounding.base + update)
+        scale = self.rounding.scale
+        base = self.rounding.base if scale is None else self.rounding.base * scale
+        share = torch.linalg.vector_norm(update) / torch.linalg.vector_norm(base + update)
         if not float(roundings * share**2) > SLIGHT:
             return read
         return read + update * self.parts.signs(*update.shape) * (epsilon * math.sqrt(roundings / 12))

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peft_analysis.rounding import balance
+
 HALF = (torch.bfloat16, torch.float16)
 ROWS = 512
 """At most so many rows, drawn at random, are looked at entry by entry."""
@@ -45,11 +47,11 @@ class Remainder:
             edge of the noise: excess · m n / (√m + √n)².
         moved: the share of entries that changed.
         seen: the share of entries that the regression could use.
-        noise: root mean square of one rounding.
+        noise: root mean square of one rounding, with rows and columns made even.
         tail: the excess that there would be if the spectrum went on below the leading values as a power law
             of their own exponent (fitted to the last three quarters of them, between 0.3 and 1.5, and 1.5
             where they are fewer than four); NaN where none is leading.
-        singular_values: the leading ones, as they are seen.
+        singular_values: the leading ones of the difference itself, as they are seen.
     """
 
     roundings: float
@@ -75,6 +77,8 @@ def remainder(
 ) -> Remainder:
     """Take the leading singular directions away and read what is left.
 
+    Rows and columns are first multiplied so that the noise is even over them, as in `noise_edge`.
+
     Args:
         difference: tuned − base.
         base: the base's values.
@@ -88,23 +92,27 @@ def remainder(
     if difference.shape[0] > difference.shape[1]:
         difference, base = difference.mT, base.mT
     d, w = difference.double(), base.double()
+    size = torch.maximum(torch.maximum(w.abs(), (w + d).abs()), d.abs())
+    step, own, fine = spacing(size, rounded), spacing(d, rounded), spacing(d, torch.float32)
+    scale, plain = balance(w + d, rounded), d
+    if scale is not None:
+        d, step, own, fine = (part * scale for part in (d, step, own, fine))
     left, right, values, leading = leading_part(d, rank, generator)
     left_out = d - leading
-    size = torch.maximum(torch.maximum(w.abs(), (w + d).abs()), d.abs())
-    step = spacing(size, rounded)
-    once = step.square() / 12 + spacing(d, torch.float32).square() / 12
+    once = step.square() / 12 + fine.square() / 12
     rows = torch.arange(len(d), device=d.device)
     if len(rows) > ROWS:
         drawn = torch.randperm(len(rows), generator=generator, device=generator.device)
         rows = drawn[:ROWS].to(d.device).sort().values
     carried = _carried(once, left, right, rows)
-    product = spacing(d[rows], rounded).square() / 12
+    product = own[rows].square() / 12
     usable = carried > 0
     if same_grid and rank > 0:
         usable &= leading[rows].abs() > step[rows]
     mean = float(once.mean())
     fitted = _regress(left_out[rows][usable].square(), carried[usable], product[usable], mean)
     m, n = d.shape
+    shown = values if scale is None else leading_part(plain, rank, generator)[2]
     return Remainder(
         *fitted,
         hidden_rank=max(fitted[2], 0.0) * m * n / (math.sqrt(m) + math.sqrt(n)) ** 2,
@@ -112,7 +120,7 @@ def remainder(
         seen=float(usable.double().mean()),
         noise=math.sqrt(mean),
         tail=_tail(values, (m, n), mean, fitted[0]) if rank > 0 and mean > 0 else math.nan,
-        singular_values=tuple(values.tolist()),
+        singular_values=tuple(shown.tolist()),
     )
 
 
