@@ -16,6 +16,7 @@ from torch import Tensor
 _GAIN_ROUNDS = 4  # that match the sizes of the components
 _FIT_ROUNDS = 60  # that match the components themselves
 _LEAST_GAIN = 0.15
+_UNEVEN = 2.0  # binary digits between the noise of two rows that are more than chance
 _BALANCE_ROUNDS = 4  # zeros couple the means of rows and columns
 
 
@@ -96,7 +97,8 @@ def balance(stored: Float[Tensor, "m n"], dtype: torch.dtype) -> Float[Tensor, "
 
     S ∘ D has the rank of D, and r and c are the inverse geometric means of the spacing of numbers over rows
     and columns. Noise of unequal rows hides components behind the largest of them, and its largest singular
-    values are single rows; even noise ends in a sharp edge. None where it is even to within a factor of √2.
+    values are single rows; even noise ends in a sharp edge. None where no row or column has four times
+    the noise of another.
 
     Args:
         stored: the rounded values; those that are zero have no error and do not count.
@@ -112,8 +114,8 @@ def balance(stored: Float[Tensor, "m n"], dtype: torch.dtype) -> Float[Tensor, "
     for _ in range(_BALANCE_ROUNDS):
         rows = ((size - columns) * counts).sum(1, keepdim=True) / per_row
         columns = ((size - rows) * counts).sum(0, keepdim=True) / per_column
-    power = -(rows.round() + columns.round())
-    return torch.exp2(power) if bool((power != 0).any()) else None
+    uneven = [float(side.max() - side.min()) > _UNEVEN for side in (rows, columns)]
+    return torch.exp2(-(rows.round() + columns.round())) if any(uneven) else None
 
 
 def storage_dtype(
