@@ -23,6 +23,7 @@ from peft_analysis.noise_nulls import (
     search,
     several_roundings,
     what_was_rounded,
+    with_own_rounding,
 )
 from peft_analysis.spectrum import check_matrix, singular_values
 
@@ -161,7 +162,7 @@ def noise_edge(
     plain = RoundingNull(parts, *model)
     even = balanced(wanted, *model)
     null = plain if even is None else RoundingNull(Parts(even[0], generator), model[0], even[1])
-    count = search(null.parts, null)
+    null, count = with_own_rounding(null, search(null.parts, null))
     found, method = null(count), null.method
     several = several_roundings(null.parts, null, count)
     if several is not None:
@@ -170,6 +171,7 @@ def noise_edge(
     edge = _told(null.parts, count, found, method, unmoved)
     if even is None:
         return edge
+    plain.own = null.own
     found = plain(count) if several is None else repeated(parts, plain, count, several[2])
     return replace(_told(parts, count, found, method, unmoved), balanced=edge)
 

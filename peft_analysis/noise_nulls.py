@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peft_analysis.remainder import spacing
 from peft_analysis.rounding import Rounding, balance, largest_singular_value, storage_dtype
 from peft_analysis.spectrum import gram
 
@@ -17,9 +18,9 @@ GAP = 2.0  # a last value so many times above the edge ends a spectrum, rather t
 LEFT = 0.125  # of all singular values must be below the edge for the rank to have an upper bound
 EXPLAINED = 0.25  # an error of reading, over the edge, that leaves a fit of that rank nothing to explain
 DRAWS = 3
-SLIGHT = 1e-3  # share of the rounding noise's energy that the errors of the update's own arithmetic must have
 MOST_ROUNDINGS = 4  # one after another, that are told from an update of full rank
 WHOLE = 0.06  # how far from a whole number of roundings the energy of the noise may be
+ALONE = 0.05  # the share of a component in one entry; one that is spread over both sides has far less
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,17 @@ class Parts:
 
 
 class RoundingNull:
-    """Expects what rounding makes of a base and an update of rank k; see `noise_edge`."""
+    """Expects what rounding makes of a base and an update of rank k; see `noise_edge`.
+
+    With `own` the update was rounded before it was added. A product of k terms that is scaled has about
+    k / 2 + 3 roundings of the size of its entries; one in half precision is made in float32 and rounded
+    once. These errors follow the rows and columns of the update and show where it is large beside the base.
+    """
 
     method = "simulated rounding"
 
-    def __init__(self, parts: Parts, sign: float, rounding: Rounding) -> None:
-        self.parts, self.sign, self.rounding = parts, sign, rounding
+    def __init__(self, parts: Parts, sign: float, rounding: Rounding, *, own: bool = False) -> None:
+        self.parts, self.sign, self.rounding, self.own = parts, sign, rounding, own
         self.target = sign * parts.matrix
         self.known: dict[int, Expected] = {}
 
@@ -116,7 +122,7 @@ class RoundingNull:
         for _ in range(DRAWS):
             signed = values * self.parts.signs(rank)
             update = (left * signed) @ right.mT
-            read = self._with_arithmetic(self.rounding.read(update), update, rank)
+            read = self.rounding.read(update) + self._arithmetic(update, rank)
             inner = right
             for _ in range(2 if rank else 0):
                 outer = torch.linalg.qr(read @ inner)[0]
@@ -135,26 +141,35 @@ class RoundingNull:
         hidden = (left_over - energy) / unit
         return Expected(edge, hidden, spread / unit, unexplained, margin, energy)
 
-    def _with_arithmetic(self, read: Tensor, update: Tensor, rank: int) -> Tensor:
-        """What is read, with the errors of the update's own arithmetic: it was rounded before it was added.
-
-        A product of k terms that is scaled has about k / 2 + 3 roundings of the size of its entries; in half
-        precision it is computed in float32 and rounded once. The errors follow the update's rows and
-        columns, so that they show where a large update lies beside a small base. Elsewhere they are left out.
-        """
+    def _arithmetic(self, update: Tensor, rank: int) -> Tensor | float:
+        """The errors of the update's own arithmetic, where `own` says that it was rounded too."""
+        if not self.own:
+            return 0.0
         epsilon = torch.finfo(self.rounding.dtype).eps
         roundings = 1.0 if epsilon > 1e-5 else rank / 2 + 3
-        scale = self.rounding.scale
-        base = self.rounding.base if scale is None else self.rounding.base * scale
-        share = torch.linalg.vector_norm(update) / torch.linalg.vector_norm(base + update)
-        if not float(roundings * share**2) > SLIGHT:
-            return read
-        return read + update * self.parts.signs(*update.shape) * (epsilon * math.sqrt(roundings / 12))
+        return update * self.parts.signs(*update.shape) * (epsilon * math.sqrt(roundings / 12))
 
     def first_edge(self) -> float:
         """That of evenly spread errors; where entries do not move, the noise is less."""
         rest = self.rounding.dithered(self.parts.generator)
         return self._largest(rest, rest[:, :0], rest.mT[:, :0])
+
+    def of_one_weight(self, rank: int) -> bool:
+        """Whether the next component is mostly one entry, and rounding that one weight is enough for it.
+
+        In a base of heavy tails the spacing of the largest weight can exceed the edge of all other noise. Its
+        error is one draw, which the largest of a few simulated ones need not reach.
+        """
+        if rank >= self.parts.count:
+            return False
+        left, values, right = self.parts.leading(rank + 1)
+        outer, inner = left[:, rank], right[:, rank]
+        i, j = int(outer.abs().argmax()), int(inner.abs().argmax())
+        share = float(outer[i] * inner[j]) ** 2
+        scale = 1.0 if self.rounding.scale is None else float(self.rounding.scale[i, j])
+        size = self.rounding.base[i, j].abs() + self.target[i, j].abs() / scale
+        error = float(spacing(size, self.rounding.dtype)) / 2 * scale
+        return share > ALONE and float(values[rank]) * share**0.5 <= error
 
     def _largest(self, rest: Tensor, left: Tensor, right: Tensor) -> float:
         return largest_singular_value(rest, left, right, generator=self.parts.generator)
@@ -196,6 +211,24 @@ class SignNull:
         return max(edges) * corner
 
 
+def explained(parts: Parts, null: Null, count: int) -> bool:
+    """Whether noise alone lies beyond so many components, and they are not most of all."""
+    found = null(count)
+    return count <= parts.count // 2 and found.hidden <= 2.5 * found.hidden_error + 0.25
+
+
+def with_own_rounding(null: RoundingNull, count: int) -> tuple[RoundingNull, int]:
+    """The hypothesis that the update was rounded itself, with its rank, where that explains what is left.
+
+    Else the hypothesis as it was given, with its rank.
+    """
+    if explained(null.parts, null, count):
+        return null, count
+    own = RoundingNull(null.parts, null.sign, null.rounding, own=True)
+    fewer = search(null.parts, own)
+    return (own, fewer) if explained(null.parts, own, fewer) else (null, count)
+
+
 def several_roundings(parts: Parts, null: RoundingNull, count: int) -> tuple[int, Expected, int] | None:
     """The rank, the noise and the number of roundings where one rounding does not explain the noise.
 
@@ -208,8 +241,7 @@ def several_roundings(parts: Parts, null: RoundingNull, count: int) -> tuple[int
         null: the noise of one rounding.
         count: the rank that it gives.
     """
-    found = null(count)
-    if count <= parts.count // 2 and found.hidden <= 2.5 * found.hidden_error + 0.25:
+    if explained(parts, null, count):
         return None
     signs = SignNull(parts)
     count = search(parts, signs)
@@ -241,7 +273,9 @@ def search(parts: Parts, null: Null) -> int:
         if expected.edge == 0:
             return float(parts.values[rank]) == 0
         ratio, reads = float(parts.values[rank]) / expected.edge, expected.unexplained / expected.edge
-        return ratio <= 1 + expected.margin or (ratio <= 1 + CLEAR and reads <= 1) or reads <= EXPLAINED
+        if ratio <= 1 + expected.margin or (ratio <= 1 + CLEAR and reads <= 1) or reads <= EXPLAINED:
+            return True
+        return isinstance(null, RoundingNull) and null.of_one_weight(rank) and enough(rank + 1)
 
     guess = int((parts.values > null.first_edge() * (1 + MARGIN)).sum())
     step, short, fine = 1, -1, parts.count

@@ -334,3 +334,14 @@ def test_a_large_update_that_was_rounded_itself(rank, dtype):
     tuned = (base + update).to(dtype).float()
     found = true_rank(tuned - base, base=base, tuned=tuned, rounded=dtype, base_rounded=dtype)
     assert (found.rank, found.low, found.high) == (rank, rank, rank)
+
+
+@pytest.mark.parametrize("seed", [6, 22, 36])
+def test_the_error_of_one_large_weight_is_no_component(seed, device):
+    draw = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    base = 0.03 * torch.distributions.StudentT(3.0).sample((96, 128))
+    update = torch.randn(96, 2, generator=draw) @ torch.randn(2, 128, generator=draw) * 0.01
+    tuned = (base + update).half().float()
+    found = true_rank((tuned - base).to(device), base=base.to(device), tuned=tuned.to(device))
+    assert found.rank == 2 and found.low <= 2
