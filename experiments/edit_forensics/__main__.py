@@ -1,4 +1,4 @@
-"""Run the study: `python -m experiments.edit_forensics`, or `--small FOLDER`, or `--cache FOLDER` to go on."""
+"""The study: `python -m experiments.edit_forensics`, with `--small FOLDER`, or `--cache FOLDER` to go on."""
 
 from __future__ import annotations
 
