@@ -189,9 +189,9 @@ def tail(scores: Float[Tensor, " many"], null: Float[Tensor, " decoys"]) -> Floa
 
 def fit_beta(middle: float, high: float) -> tuple[float, float]:
     """The beta distribution whose median is `middle` and whose 90 % point is nearest to `high`."""
-    shapes = np.geomspace(0.1, 200.0, 60)
+    shapes = np.geomspace(0.1, 200.0, 240)
     low, top = np.full_like(shapes, 1e-3), np.full_like(shapes, 1e9)
-    for _ in range(80):
+    for _ in range(50):
         scale = np.sqrt(low * top)
         below = special.betainc(shapes, scale, middle) < 0.5
         low, top = np.where(below, scale, low), np.where(below, top, scale)

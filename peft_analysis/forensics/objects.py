@@ -54,34 +54,32 @@ def lens(
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is None:
         return None
-    outputs: dict[int, nn.Module] = {}
+    called: list[tuple[nn.Module, Tensor]] = []
     entered: list[Tensor] = []
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            outputs.setdefault(id(output), module)
+            called.append((module, output))
 
     leaves = [module for module in model.modules() if not any(module.children()) and module is not head]
     handles = [module.register_forward_hook(note) for module in leaves]
     handles.append(head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])))
     device = next(model.parameters()).device
-    kept: list[Tensor] = []  # outputs stay alive, so that no id is used twice
-    handles += [module.register_forward_hook(lambda _, __, out: kept.append(out)) for module in leaves]
     try:
         with torch.no_grad(), evaluating(model):
-            run(
-                model,
-                {},
-                torch.tensor([prompt.ids], device=device),
-                torch.ones(1, len(prompt.ids)).to(device),
-            )
-            norm = outputs.get(id(entered[0])) if entered else None
+            ids = torch.tensor([prompt.ids], device=device)
+            run(model, {}, ids, torch.ones_like(ids))
     finally:
         for handle in handles:
             handle.remove()
+    norm = next((module for module, output in called if entered and _same(output, entered[0])), None)
     weight: Tensor = head.weight
     with torch.no_grad():
         inputs = vectors.to(weight)
         if norm is not None and inputs.shape[-1] == weight.shape[-1]:
             inputs = norm(inputs)
         return head(inputs).float() if inputs.shape[-1] == weight.shape[-1] else None
+
+
+def _same(output: Tensor, entered: Tensor) -> bool:
+    return output.shape == entered.shape and bool(torch.equal(output, entered))
