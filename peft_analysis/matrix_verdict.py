@@ -183,7 +183,7 @@ def _decided(
             "of one rounding"
         )
     elif found.rank > size // 2:
-        statement = "full rank"
+        statement, p_low = "full rank", p_low if p_low < level else math.nan  # counted, not tested
         reason = f"{found.rank} of {size} singular values stand above the noise"
     elif found.rank == 0:
         if p_low >= level and not same_grid and left.roundings < 1.5:
@@ -286,7 +286,7 @@ def _without_base(name: str, value: Float[Tensor, "m n"], edge: NoiseEdge, level
     statement: Statement = "unknown"
     reason = "without the base's weights the size of its rounding is not known"
     if r > size // 2:
-        statement, p_low = "full rank", 0.0
+        statement = "full rank"  # counted, not tested
         reason = f"{r} of {size} singular values stand above the noise's own spectrum"
     elif r:
         share = math.sqrt(continued(values[:r], r + 1)) / float(values[r])

@@ -61,7 +61,9 @@ class Verdict:
 
     def __str__(self) -> str:
         rank = f" (rank {self.rank})" if self.rank else ""
-        lines = [f"{self.origin}: {self.statement}{rank}, p = {self.p_value:.2g}"]
+        p = self.p_value
+        chance = "no test" if math.isnan(p) else "p < 1e-16" if p < 1e-16 else f"p = {p:.2g}"
+        lines = [f"{self.origin}: {self.statement}{rank}, {chance}"]
         return "\n".join([*lines, *(f"- {line}" for line in self.evidence)])
 
 
