@@ -78,12 +78,13 @@ def recognise(
     )
     evidence.append(
         f"right vectors look like {best.map}: {best.fits[best.map.kind]:.0%} of what the subjects' keys give "
-        f"lies in the row space; under that map candidates as a whole stand {best.separation:.1f} deviations above decoys"
+        f"lies in the row space; so mapped, candidates as a whole stand {best.separation:.1f} deviations "
+        "above decoys"
     )
     evidence += [f"as {kind}: {fit:.0%}" for kind, fit in best.fits.items() if kind != best.map.kind]
     if not flagged:
         evidence.append(
-            "no single candidate is beyond what chance gives one of so many; other subjects, or no edit of facts"
+            "no single candidate is beyond what chance gives one of so many; other subjects, or no edit"
         )
         return Method("adapter", False, ("edit",), tuple(evidence))
     kinds = {
