@@ -297,8 +297,8 @@ def page(rows: list[dict[str, Any]], settings: Settings, *, share: tuple[int, in
         "# How often a verdict is right",
         "",
         "Simulated updates whose making is known, read back as a pair of checkpoints, on seeds that nothing",
-        f"was tuned on ({', '.join(map(str, settings.seeds))}). Each has {2 * settings.blocks} matrices",
-        f"of one shape ({', '.join(f'{m} × {n}' for m, n in settings.shapes)}). Dtypes: float32, bfloat16,",
+        f"was tuned on ({', '.join(map(str, settings.seeds))}). Each has {2 * settings.blocks} matrices of "
+        f"one shape ({', '.join(f'{m} × {n}' for m, n in settings.shapes)}). Dtypes: float32, bfloat16,",
         "float16, on a base of the same dtype or of float32. LoRA ranks "
         f"{', '.join(map(str, settings.ranks))} up to a quarter of the smaller side.",
         "",
