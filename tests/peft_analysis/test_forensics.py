@@ -45,7 +45,18 @@ def keys_by_hand(model, tokenizer, name, texts):
     return torch.stack(seen)
 
 
+KNOWN: dict[tuple, torch.Tensor] = {}
+
+
 def moments_by_hand(model, tokenizer, name, texts):
+    """C over texts; the fixtures make the same models again and again, so that it is kept."""
+    key = (name, len(texts), model.device, float(sum(value.double().sum() for value in model.parameters())))
+    if key not in KNOWN:
+        KNOWN[key] = _moments_by_hand(model, tokenizer, name, texts)
+    return KNOWN[key]
+
+
+def _moments_by_hand(model, tokenizer, name, texts):
     rows = []
     owner = model.get_submodule(name.rpartition(".")[0])
     handle = owner.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][0].clone()))
@@ -252,13 +263,13 @@ def test_random_updates_of_rank_one_seldom_name_anybody(tiny_gpt2, tiny_tokenize
     generator = torch.Generator().manual_seed(3)
     rows, columns = tiny_gpt2.get_parameter(name).mT.shape
     alarms = 0
-    for _ in range(8):
+    for _ in range(6):
         left = torch.randn(rows, 1, generator=generator)
         change = 0.1 * left @ torch.randn(1, columns, generator=generator)
         edited = add(tiny_gpt2, name, change, turned)
         found = found_in(tiny_gpt2, edited, tiny_tokenizer, name, C, relations=["{} was born in"])
         alarms += bool(found.subjects)
-    assert alarms <= 2
+    assert alarms <= 1
 
 
 @pytest.mark.parametrize(
