@@ -82,6 +82,10 @@ def recognise(
         "above decoys"
     )
     evidence += [f"as {kind}: {fit:.0%}" for kind, fit in best.fits.items() if kind != best.map.kind]
+    if best.map.kind == "identity":
+        if all(place.rank.high <= place.full // 2 for place in found):
+            return Method("adapter", False, ("fine-tune",), tuple(evidence))
+        return Method("fine-tune", True, (), tuple(evidence))
     if not flagged:
         evidence.append(
             "no single candidate is beyond what chance gives one of so many; other subjects, or no edit"

@@ -72,7 +72,8 @@ def trace(
             keys stand in for it.
         decoys: names that nobody edited, or how many to make from the candidates.
         false_alarm: the chance of naming anybody in a model that nobody edited.
-        everywhere: match candidates even where the places are not those of an edit.
+        everywhere: match and name candidates even where the places are not those of an edit, or the right
+            vectors those of gradient descent.
         seed: of the decoys.
 
     Raises:
@@ -110,6 +111,12 @@ def trace(
         access["subjects"] = f"{weights}; the model, its tokenizer, {len(candidates)} candidates; {told}"
     best = max(matched, key=lambda name: certainty(matched[name].match)) if matched else None
     listed = _candidates(candidates, matched, best, false_alarm)
+    if best is not None and matched[best].match.map.kind == "identity" and not everywhere:
+        listed["found"] = False
+        access["subjects"] += (
+            "; nobody is named, because the right vectors are keys as gradient descent leaves them, of "
+            "whatever it was trained on"
+        )
     chosen = [candidates.index(name) for name in listed.loc[listed["found"], "subject"]]
     parts = {name: joint(update, name, one, chosen) for name, one in matched.items()} if chosen else {}
     method = recognise(found, vectors, wide, {k: v.match for k, v in matched.items()}, len(chosen))

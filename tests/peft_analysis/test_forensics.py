@@ -80,6 +80,8 @@ def edited_by(model, tokenizer, subjects, *, kind="inverse", size=0.5, seed=0, b
     keys = keys_by_hand(model, tokenizer, name, subjects).double()
     if kind == "inverse":
         right = torch.linalg.solve(C, keys.mT).mT
+    elif kind == "identity":
+        right = keys
     else:
         values, vectors = torch.linalg.eigh(C)
         kept = vectors[:, : round(0.5 * len(values))]
@@ -136,6 +138,16 @@ def test_the_map_tells_a_null_space_from_an_inverse(tiny_gpt2, tiny_tokenizer):
         edited, _, C, name = edited_by(tiny_gpt2, tiny_tokenizer, wanted, kind=kind)
         found = found_in(tiny_gpt2, edited, tiny_tokenizer, name, C)
         assert found.method.name == method, found.method
+
+
+def test_steps_of_gradient_descent_name_nobody_unless_asked(tiny_gpt2, tiny_tokenizer):
+    wanted = [CANDIDATES[index] for index in (1, 6, 11)]
+    edited, _, C, name = edited_by(tiny_gpt2, tiny_tokenizer, wanted, kind="identity")
+    found = found_in(tiny_gpt2, edited, tiny_tokenizer, name, C)
+    assert found.subjects == () and "gradient descent" in found.access["subjects"]
+    assert found.method.name == "adapter" and "fine-tune" in found.method.alternatives
+    asked = found_in(tiny_gpt2, edited, tiny_tokenizer, name, C, everywhere=True)
+    assert asked.subjects and set(asked.subjects) <= set(wanted)
 
 
 def test_keys_are_those_of_the_last_token(tiny_model, tiny_tokenizer, device):
