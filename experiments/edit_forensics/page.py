@@ -137,9 +137,9 @@ def _limits(found: Mapping[str, Any]) -> str:
     return """## Where it fails, and what does not follow
 
 - Objects of many edits. ROME's hundred values are found one after the other, each on a model that the
-  earlier edits have changed, and the joint fit mixes what keys have in common. Tried once on GPT-2's hundred, where two
-  wordings give 0.70 by the joint fit: all six wordings 0.73, signs of gradients 0.74, gradients in the edited
-  model 0.67, in both models 0.74, another projection of the fit 0.63. None is near the aim.
+  earlier edits have changed, and the joint fit mixes what keys have in common. Tried once on GPT-2's hundred,
+  where two wordings give 0.70 by the joint fit: all six wordings 0.73, signs of gradients 0.74, gradients in
+  the edited model 0.67, in both models 0.74, another projection of the fit 0.63. None is near the aim.
 - The unembedding alone reads nothing from edits of the first blocks.
 - A fine-tune's row space holds the keys of whatever it was trained on, here sentences about the same people.
   Where places and kind of map are disregarded, some of them are named; that is why both are looked at first.
