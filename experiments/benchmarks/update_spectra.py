@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def _then_rank(values: Callable[[], Any]) -> float:
     return effective_rank(values())
 
 
-def effective_rank(values: np.ndarray[Any, Any]) -> float:
+def effective_rank(values: npt.NDArray[np.floating[Any]]) -> float:
     """The exponential of the entropy of σ / Σσ, in numpy."""
     shares = values.astype(np.float64) / values.astype(np.float64).sum()
     return math.exp(-float((shares * np.log(shares)).sum()))

@@ -1,0 +1,5 @@
+"""Concept sliders: LoRAs that move one attribute of what a model draws or says, up and down by their scale."""
+
+from geoedit.sliders.slider import ModuleChange, Scaled, Slider
+
+__all__ = ["ModuleChange", "Scaled", "Slider"]

@@ -1,0 +1,1 @@
+"""Pipelines seen through their denoiser, whatever their family."""

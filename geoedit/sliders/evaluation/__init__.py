@@ -1,0 +1,1 @@
+"""What a slider does, measured on images."""

@@ -1,0 +1,1 @@
+"""Slider files of every dialect."""

@@ -1,0 +1,1 @@
+"""A slider taught: tasks, the loop, and what makes a run durable."""
