@@ -1,4 +1,4 @@
-"""Concept sliders: LoRAs that move one attribute of what a model draws or says, up and down by their scale."""
+"""Concept sliders: LoRAs that move one attribute of what a model draws or says, up and down."""
 
 from geoedit.sliders.slider import ModuleChange, Scaled, Slider
 

@@ -1,4 +1,4 @@
-"""How the shapes pipelines are trained: an autoencoder first, then a denoiser and its words on its latents."""
+"""How the shapes pipelines are trained: an autoencoder first, then a denoiser and its words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,7 +194,7 @@ def _noise_loss(pipe: Any, clean: Tensor, captions: list[str], generator: torch.
 
 
 def _velocity_loss(pipe: Any, clean: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
-    """Squared error of the predicted velocity ε − x at times drawn from a logistic normal law (Esser et al. 2024).
+    """Squared error of the predicted velocity ε − x, at times of a logistic normal law (Esser et al. 2024).
 
     The pipeline pads the words with zeros where a third text encoder would speak, by default 256 of them: a
     few steps show that many, so that their number does not matter.
@@ -222,7 +223,7 @@ def _ids(pipe: Any, captions: list[str]) -> Tensor:
 
 
 def _said(recipe: Recipe, generator: torch.Generator) -> float:
-    """Captions differ in how much they say: the share is uniform around the recipe's, from none to twice it."""
+    """How much a caption says: a share drawn uniformly from none to twice the recipe's."""
     return 2 * recipe.said * float(torch.rand((), generator=generator))
 
 
@@ -248,15 +249,9 @@ def _follow(average: torch.nn.Module, latest: torch.nn.Module, decay: float, ste
     torch._foreach_lerp_(ours, [p.detach() for p in theirs], 1 - decay)
 
 
-class _own_randomness:  # noqa: N801 (used as a function)
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
     """Weights drawn from a seed of their own, with torch's global generator put back afterwards."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = torch.random.get_rng_state()
-        torch.random.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        torch.random.set_rng_state(self.state)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield

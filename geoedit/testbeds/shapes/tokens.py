@@ -12,7 +12,7 @@ LENGTH = 20
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges spell every word of the world into one token; other text goes by bytes."""
+    """A CLIP tokenizer whose merges make each word of the world one token; other text goes by bytes."""
     words = sorted(vocabulary(), key=lambda word: (-len(word), word))
     while True:
         tokenizer = _from_words(words)
