@@ -245,8 +245,8 @@ def _update(
 def _follow(average: torch.nn.Module, latest: torch.nn.Module, decay: float, step: int) -> None:
     """Move a running mean of the weights towards the latest ones; early on it forgets faster."""
     decay = min(decay, (step + 1) / (step + 10))
-    ours, theirs = list(average.parameters()), list(latest.parameters())
-    torch._foreach_lerp_(ours, [p.detach() for p in theirs], 1 - decay)
+    ours: list[Tensor] = list(average.parameters())
+    torch._foreach_lerp_(ours, [p.detach() for p in latest.parameters()], 1 - decay)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
@@ -34,6 +36,7 @@ def _from_words(words: list[str]) -> CLIPTokenizer:
                 merges.append((left, piece))
                 pieces.append(left + piece)
             left += piece
+    pairs: Any = merges  # the annotation of transformers knows merges as text only
     special = ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate([*dict.fromkeys(pieces), *special])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=LENGTH)

@@ -150,15 +150,16 @@ def caption(of_shares: Sequence[float], kind: int, *, said: float = 0.5, generat
     """
     draws = iter(torch.rand(2 * len(ATTRIBUTES) + 1, generator=generator).tolist())
     noun = CLASSES[kind] if next(draws) < 0.9 else "shape"
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     for attribute, share in zip(ATTRIBUTES.values(), of_shares, strict=True):
         speak, choose = next(draws), next(draws)
         fitting = attribute.said_of(share)
         if fitting and speak < said:
             word = fitting[int(choose * len(fitting))]
             (before if attribute.name in BEFORE else after).append(word)
-    first, *rest = [*before, noun, *after]
-    return " ".join(["an" if first[0] in "aeiou" else "a", first, *rest])
+    text = " ".join([*before, noun, *after])
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
 
 def vocabulary() -> list[str]:
