@@ -81,3 +81,7 @@ def _bar(u: Tensor, v: Tensor, length: Tensor, width: Tensor) -> Tensor:
 
 def _diamond(u: Tensor, v: Tensor, length: Tensor, width: Tensor) -> Tensor:
     return (u.abs() / length + v.abs() / width - 1) / torch.sqrt(length**-2 + width**-2)
+
+
+OUTLINES = (_ellipse, _bar, _diamond)
+"""For each class the signed distance from its outline, a function of u, v, half length and half width."""
