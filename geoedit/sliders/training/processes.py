@@ -63,7 +63,7 @@ class Workers(Processes):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         for dtype in sorted({parameter.dtype for parameter in wanted}, key=str):
-            gradients = [parameter.grad for parameter in wanted if parameter.dtype == dtype]
+            gradients = [p.grad for p in wanted if p.dtype == dtype and p.grad is not None]
             flat = self.total(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
