@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from geoedit.errors import EditError
+from geoedit.sliders.bases.autoencoder import Autoencoder
 from geoedit.sliders.bases.conditioning import Conditioning
-
-Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+from geoedit.sliders.bases.schedule import Prediction, Schedule, schedule_of
 
 
 class Base(ABC):
     """A pipeline seen through its denoiser. Times are the denoiser's own input (0 … 1000 for most).
 
     Signal and noise: latents at a time are ``signal(t) · clean + noise(t) · noise``; for flow matching
-    ``(1 − σ) · clean + σ · noise`` with σ = t / 1000.
+    ``(1 − σ) · clean + σ · noise`` with σ = t / 1000. Latents are always what the denoiser sees (variance one
+    for diffusion), also under schedulers that carry them divided by the signal; and always
+    (rows, channels, height, width), also for Flux, which packs them into tokens.
+
+    The scheduler is read once, when the base is made.
 
     Attributes:
         pipe: the pipeline.
@@ -27,6 +32,8 @@ class Base(ABC):
         denoiser: the module itself.
         prediction: what its output means.
         guidance_distilled: whether guidance is an input of the denoiser (Flux), so that one pass is enough.
+        noise_schedule: levels and times of the pipeline's scheduler.
+        autoencoder: pixels to latents and back.
     """
 
     pipe: Any
@@ -34,80 +41,226 @@ class Base(ABC):
     denoiser: nn.Module
     prediction: Prediction
     guidance_distilled: bool = False
+    noise_schedule: Schedule
+    autoencoder: Autoencoder
+
+    def __init__(self, pipe: Any, component: str, autoencoder: Autoencoder) -> None:
+        self.pipe = pipe
+        self.component = component
+        self.denoiser = getattr(pipe, component)
+        self.noise_schedule = schedule_of(pipe.scheduler)
+        self.prediction = self.noise_schedule.prediction
+        self.autoencoder = autoencoder
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, a row each, without gradients, as the pipeline itself would."""
+    def encode(
+        self, prompts: Sequence[str], *, height: int | None = None, width: int | None = None
+    ) -> Conditioning:
+        """Encode prompts, a row each, without gradients, as the pipeline itself would.
+
+        Args:
+            prompts: a list, not a single string.
+            height: pixels of the images to come, for families that are told (SDXL); the default size if None.
+            width: likewise.
+
+        Raises:
+            EditError: no prompts, or a base that takes none.
+        """
+
+    def unconditional(
+        self, rows: int = 1, *, height: int | None = None, width: int | None = None
+    ) -> Conditioning:
+        """What the pipeline takes for the unconditional half when it is given no negative prompt."""
+        return self.encode([""], height=height, width=width).repeat(rows)
 
     @abstractmethod
     def predict(
         self,
-        latents: Float[Tensor, "rows *shape"],
+        latents: Float[Tensor, "rows channels height width"],
         times: Float[Tensor, " rows"],
         conditioning: Conditioning,
         *,
-        guidance: float | None = None,
-    ) -> Float[Tensor, "rows *shape"]:
+        guidance: float | int | None = None,
+    ) -> Float[Tensor, "rows channels height width"]:
         """One forward pass of the denoiser: its raw output, a time for each row. With gradients if asked for.
 
-        `guidance` is the input of a guidance-distilled denoiser; others ignore it.
+        `guidance` is the input of a guidance-distilled denoiser; others ignore it. Latents of another type than
+        the denoiser's are converted, and the output is of the latents' type.
+
+        Raises:
+            EditError: latents, times and conditioning differ in their rows.
         """
 
     @abstractmethod
-    def levels(self, times: Float[Tensor, " rows"]) -> tuple[Tensor, Tensor]:
-        """Signal and noise factors at times, shaped to multiply latents."""
-
-    @abstractmethod
-    def schedule(self, steps: int) -> Float[Tensor, " steps"]:
-        """The times that the pipeline visits in so many steps, the noisiest first."""
-
-    @abstractmethod
-    def step(self, output: Tensor, index: int, latents: Tensor, times: Float[Tensor, " steps"]) -> Tensor:
-        """One deterministic sampling step (DDIM with η = 0, or Euler) from times[index] to times[index + 1] (or the end)."""
-
-    @abstractmethod
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """Shape of one image's latents as `predict` takes them (without the rows)."""
+        """Shape of one image's latents as `predict` takes them (without the rows); pixels, or the default size.
 
-    @abstractmethod
-    def decode(self, latents: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows 3 height width"]:
+        Raises:
+            EditError: a size that the pipeline's cells do not divide.
+        """
+
+    def levels(self, times: Float[Tensor, " rows"]) -> tuple[Tensor, Tensor]:
+        """Signal and noise factors at times, shaped (rows, 1, 1, 1) to multiply latents.
+
+        Raises:
+            EditError: a time outside the denoiser's range, or NaN.
+        """
+        signal, noise = self.noise_schedule.levels(times)
+        return signal[:, None, None, None], noise[:, None, None, None]
+
+    def schedule(self, steps: int, shape: Sequence[int] | None = None) -> Float[Tensor, " steps"]:
+        """The times that the pipeline visits in so many steps, the noisiest first, on the denoiser's device.
+
+        Args:
+            steps: how many.
+            shape: of one image's latents, where the times depend on it (shifted schedules); the default if None.
+        """
+        return self.noise_schedule.times(steps, **self._timing(steps, shape)).to(self.device)
+
+    def step(
+        self,
+        output: Float[Tensor, "rows channels height width"],
+        index: int,
+        latents: Float[Tensor, "rows channels height width"],
+        times: Float[Tensor, " steps"],
+    ) -> Float[Tensor, "rows channels height width"]:
+        """One deterministic sampling step from times[index] to times[index + 1], or to the end after the last.
+
+        ``signal′ · clean + noise′ · noise`` with the clean latents and the noise that the output means: DDIM with
+        η = 0 (Song et al. 2021) for diffusion, and for flow matching the Euler step ``latents + (σ′ − σ) output``.
+        """
+        time = times[index : index + 1].expand(len(latents))
+        clean = self.noise_schedule.limit(self._clean(latents, time, output))
+        if index + 1 < len(times):
+            signal, noise = self.levels(times[index + 1 : index + 2])
+        else:
+            signal, noise = (clean.new_tensor(level) for level in self.noise_schedule.end)
+        return (signal * clean + noise * self._noise(latents, time, output)).to(latents.dtype)
+
+    def decode(
+        self, latents: Float[Tensor, "rows channels height width"]
+    ) -> Float[Tensor, "rows colours pixels_high pixels_wide"]:
         """Images from clean latents, pixels from 0 to 1. Differentiable."""
+        return self.autoencoder.decode(latents)
 
-    @abstractmethod
-    def encode_images(self, images: Float[Tensor, "rows 3 height width"]) -> Float[Tensor, "rows *shape"]:
+    def encode_images(
+        self, images: Float[Tensor, "rows colours pixels_high pixels_wide"]
+    ) -> Float[Tensor, "rows channels height width"]:
         """Clean latents (the mean) of images with pixels from 0 to 1."""
+        return self.autoencoder.encode(images)
 
-    def clean(self, latents: Tensor, times: Tensor, output: Tensor) -> Tensor:
-        """The clean latents that an output means."""
-        raise NotImplementedError  # built in this class from `levels` and `prediction` (engineer B)
+    def clean(
+        self,
+        latents: Float[Tensor, "rows channels height width"],
+        times: Float[Tensor, " rows"],
+        output: Float[Tensor, "rows channels height width"],
+    ) -> Float[Tensor, "rows channels height width"]:
+        """The clean latents that an output means (Salimans & Ho 2022 for v; noise − clean for flow)."""
+        return self._clean(latents, times, output).to(latents.dtype)
 
-    def noise(self, latents: Tensor, times: Tensor, output: Tensor) -> Tensor:
+    def noise(
+        self,
+        latents: Float[Tensor, "rows channels height width"],
+        times: Float[Tensor, " rows"],
+        output: Float[Tensor, "rows channels height width"],
+    ) -> Float[Tensor, "rows channels height width"]:
         """The noise that an output means."""
-        raise NotImplementedError
+        return self._noise(latents, times, output).to(latents.dtype)
+
+    def _clean(self, latents: Tensor, times: Tensor, output: Tensor) -> Tensor:
+        """In single precision at least: the levels are, and promote."""
+        signal, noise = self.levels(times)
+        match self.prediction:
+            case "epsilon":
+                return (latents - noise * output) / signal
+            case "v_prediction":
+                return signal * latents - noise * output
+            case "sample":
+                return output * torch.ones_like(signal)
+            case "flow":
+                return latents - noise * output
+
+    def _noise(self, latents: Tensor, times: Tensor, output: Tensor) -> Tensor:
+        signal, noise = self.levels(times)
+        match self.prediction:
+            case "epsilon":
+                return output * torch.ones_like(signal)
+            case "v_prediction":
+                return noise * latents + signal * output
+            case "sample":
+                return (latents - signal * output) / noise
+            case "flow":
+                return latents + signal * output
 
     def guided(
         self,
-        latents: Tensor,
-        times: Tensor,
+        latents: Float[Tensor, "rows channels height width"],
+        times: Float[Tensor, " rows"],
         conditioning: Conditioning,
         unconditional: Conditioning | None,
-        guidance: float,
-    ) -> Tensor:
-        """Output under guidance: u + g (c − u), both halves in one pass; one half only if g is 1 or unconditional is None."""
-        raise NotImplementedError
+        guidance: float | int,
+    ) -> Float[Tensor, "rows channels height width"]:
+        """Output under guidance: u + g (c − u) (Ho & Salimans 2022), both halves in one pass.
 
+        One half only if g is 1 or `unconditional` is None; a guidance-distilled denoiser is told g and needs no
+        other half. `unconditional` has as many rows as `conditioning`, or one for all.
+        """
+        if self.guidance_distilled:
+            return self.predict(latents, times, conditioning, guidance=guidance)
+        if unconditional is None or guidance == 1:
+            return self.predict(latents, times, conditioning)
+        if len(unconditional) == 1:
+            unconditional = unconditional.repeat(len(conditioning))
+        both = Conditioning.concatenate([unconditional, conditioning])
+        without, with_words = self.predict(latents.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
+        return without + guidance * (with_words - without)
+
+    @torch.no_grad()
     def sample(
         self,
         conditioning: Conditioning,
         *,
         steps: int,
-        guidance: float,
-        noise: Tensor,
+        guidance: float | int,
+        noise: Float[Tensor, "rows channels height width"],
         unconditional: Conditioning | None = None,
         keep: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """A whole trajectory without gradients: the clean latents, and the noisy latents before the steps in `keep` (rows, kept, *shape)."""
-        raise NotImplementedError
+        """A whole trajectory without gradients: the clean latents, and the noisy latents before the steps in `keep`.
+
+        Args:
+            conditioning: a row for each image.
+            steps: how many denoising steps.
+            guidance: see `guided`.
+            noise: of variance one; draw it with a generator.
+            unconditional: see `guided`; usually ``base.unconditional()``.
+            keep: indices of steps; the latents before step k are those at time ``schedule(steps)[k]``.
+
+        Returns:
+            Clean latents (rows, channels, height, width), and kept ones (rows, kept, channels, height, width).
+
+        Raises:
+            EditError: a step to keep that is not there, or noise that is not finite.
+        """
+        if any(not 0 <= index < steps for index in keep):
+            raise EditError(f"steps {list(keep)} are not all among 0 … {steps - 1}: nothing to keep there")
+        if not bool(noise.isfinite().all()):
+            raise EditError("the noise to start from has entries that are NaN or infinite")
+        times = self.schedule(steps, noise.shape[1:])
+        latents = self.noise_schedule.start(noise, steps, **self._timing(steps, noise.shape[1:]))
+        kept = noise.new_empty(len(noise), len(keep), *noise.shape[1:])
+        for index in range(len(times)):
+            for place, wanted in enumerate(keep):
+                if wanted == index:
+                    kept[:, place] = latents
+            now = times[index : index + 1].expand(len(latents))
+            output = self.guided(latents, now, conditioning, unconditional, guidance)
+            latents = self.step(output, index, latents, times)
+        return latents, kept
+
+    def _timing(self, steps: int, shape: Sequence[int] | None) -> dict[str, Any]:
+        """What the family's pipeline tells the scheduler beside the number of steps."""
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -117,4 +270,22 @@ class Base(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The type that the denoiser computes in."""
-        return next(self.denoiser.parameters()).dtype
+        return next(p.dtype for p in self.denoiser.parameters() if p.dtype.is_floating_point)
+
+
+def check_rows(latents: Tensor, times: Tensor, conditioning: Conditioning) -> None:
+    """Raise unless there is a time and a prompt for each row of latents."""
+    if not len(latents) == len(times) == len(conditioning):
+        raise EditError(
+            f"{len(latents)} rows of latents, {len(times)} times and {len(conditioning)} prompts: "
+            "there must be as many of each"
+        )
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list; raise if there are none, or something else than strings."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise EditError(f"prompts are a list of strings, not {prompts!r}: write [prompt] for one")
+    if not prompts:
+        raise EditError("no prompt to encode: give at least one ('' for the unconditional)")
+    return list(prompts)

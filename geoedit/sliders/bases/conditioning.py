@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from geoedit.errors import EditError
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -26,9 +28,27 @@ class Conditioning:
         """Some rows, in the order of the index; rows may be repeated."""
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
 
+    def repeat(self, count: int) -> Conditioning:
+        """All rows, and all of them again, so many times."""
+        return Conditioning(
+            {
+                name: tensor.repeat(count, *(1 for _ in tensor.shape[1:]))
+                for name, tensor in self.tensors.items()
+            }
+        )
+
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-        """The rows of several, one after another."""
+        """The rows of several, one after another.
+
+        Raises:
+            EditError: they are of different bases: other names, or other shapes.
+        """
+        shapes = [{name: tuple(t.shape[1:]) for name, t in part.tensors.items()} for part in parts]
+        if not parts or any(shape != shapes[0] for shape in shapes):
+            raise EditError(
+                f"cannot put these conditionings together, a row of each is {shapes}: encode all with one base"
+            )
         return Conditioning(
             {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         )
