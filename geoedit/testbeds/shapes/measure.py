@@ -1,4 +1,4 @@
-"""Read the attributes of drawn shapes from pixels: render, compare, correct, until nothing is left to gain."""
+"""Read the attributes of drawn shapes from pixels: render, compare, correct, until nothing is gained."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from geoedit.testbeds.shapes.render import OUTLINES, SOFTNESS, colour
 from geoedit.testbeds.shapes.world import ATTRIBUTES
 
 EXPLAINED = 0.5
-"""The largest relative residual of an image that shows one shape: three quarters of its energy are explained."""
-AT_ONCE = 256
+"""The largest relative residual of an image that shows one shape, which explains three quarters of it."""
+AT_ONCE = 128
 """Images that are fitted together; more would only need more memory."""
 FIRST_STEPS = 7
 LAST_STEPS = 12
+NEGLIGIBLE = 1e-5
+"""A step of this share of the longest that is allowed, half of the size or half a radian, is the last."""
 CANDIDATES = 4.0
 """Classes whose squared residual is within this factor of the least one are fitted to the end."""
 
@@ -139,8 +141,8 @@ def _measure(images: Tensor) -> Measured:
     losses = torch.stack([fit.loss for fit in fits])
     hopeful = losses <= CANDIDATES * losses.amin(0) + 1e-5 * energy
     shapes = torch.stack([fit.shape for fit in fits])
-    for kind in range(len(OUTLINES)):
-        rows = hopeful[kind].nonzero()[:, 0]
+    for kind, fit in enumerate(fits):
+        rows = (hopeful[kind] & ~fit.done).nonzero()[:, 0]
         if len(rows):
             last = _fit(kind, pixels[rows], shapes[kind, rows], LAST_STEPS)
             losses[kind, rows], shapes[kind, rows] = last.loss, last.shape
@@ -261,35 +263,41 @@ def _from_moments(kind: int, pixels: Tensor, size: int) -> Tensor:
 class _Fit:
     shape: Tensor  # (n, 5)
     loss: Tensor  # (n,), squared distance
+    done: Tensor  # (n,), whether the steps have become negligible
 
 
 def _fit(kind: int, pixels: Tensor, shape: Tensor, steps: int) -> _Fit:
     """Levenberg–Marquardt with the colour projected out (Golub & Pereyra 1973, Kaufman's form).
 
     With w the unit vector of the nearest colour, g the image along w and C the coverage, the colour's
-    strength is ⟨C, g⟩ / ⟨C, C⟩ and the derivative of what remains is that of C less its part along C.
+    strength is ⟨C, g⟩ / ⟨C, C⟩ and the derivative of what remains is that of C less its part along C. Rows
+    whose step has become negligible are left out of the steps that follow.
     """
     size = math.isqrt(pixels.shape[-1])
     energy = pixels.square().sum((1, 2))
     limit = shape.new_tensor([0.5, 0.5, 0.5, 0.25, 0.25])
-    damping = torch.full_like(energy, 1e-3)
+    shape, damping = shape.clone(), torch.full_like(energy, 1e-3)
     loss, gradient, hessian = _normal_equations(kind, pixels, shape, energy)
+    rows = torch.arange(len(shape), device=shape.device)
     for _ in range(steps):
-        scale = hessian.diagonal(dim1=-2, dim2=-1)
-        scale = damping[:, None] * scale + 1e-9 * scale.amax(-1, keepdim=True) + 1e-12
-        step = torch.linalg.solve(hessian + torch.diag_embed(scale), gradient)
-        tried = shape + step.clamp(-limit, limit)
+        now = hessian[rows]
+        scale = now.diagonal(dim1=-2, dim2=-1)
+        scale = damping[rows, None] * scale + 1e-9 * scale.amax(-1, keepdim=True) + 1e-12
+        step = torch.linalg.solve(now + torch.diag_embed(scale), gradient[rows])
+        tried = shape[rows] + step.clamp(-limit, limit)
         tried[:, :2] = tried[:, :2].clamp(math.log(0.1 / size), math.log(4.0))
-        new_loss, new_gradient, new_hessian = _normal_equations(kind, pixels, tried, energy)
-        better = new_loss <= loss + 1e-6 * energy
-        damping = torch.where(better, damping / 5, damping * 8).clamp(1e-9, 1e6)
-        loss = torch.where(better, new_loss, loss)
-        shape = torch.where(better[:, None], tried, shape)
-        gradient = torch.where(better[:, None], new_gradient, gradient)
-        hessian = torch.where(better[:, None, None], new_hessian, hessian)
-        if float((step / limit).abs().amax()) < 1e-6:
+        new_loss, new_gradient, new_hessian = _normal_equations(kind, pixels[rows], tried, energy[rows])
+        better = new_loss <= loss[rows] + 1e-6 * energy[rows]
+        damping[rows] = torch.where(better, damping[rows] / 5, damping[rows] * 8).clamp(1e-9, 1e6)
+        taken = rows[better]
+        loss[taken], shape[taken] = new_loss[better], tried[better]
+        gradient[taken], hessian[taken] = new_gradient[better], new_hessian[better]
+        rows = rows[(step / limit).abs().amax(-1) > NEGLIGIBLE]
+        if not len(rows):
             break
-    return _Fit(shape, loss)
+    done = torch.ones_like(loss, dtype=torch.bool)
+    done[rows] = False
+    return _Fit(shape, loss, done)
 
 
 def _normal_equations(
@@ -301,9 +309,9 @@ def _normal_equations(
     nearest = colour(brightness, hue)
     strength = nearest.norm(dim=-1, keepdim=True)
     grey = (nearest[:, None] @ pixels)[:, 0] / strength.clamp_min(1e-12)
-    own = at.cover.square().sum(-1, keepdim=True).clamp_min(1e-12)
-    rest = grey - strength * at.cover
-    along = (at.slopes @ at.cover[..., None]) / own[..., None]
-    slopes = strength[..., None] * (at.slopes - along * at.cover[:, None])
-    loss = energy - (own * strength**2)[:, 0]
-    return loss, (slopes @ rest[..., None])[..., 0], slopes @ slopes.mT
+    own = at.cover.square().sum(-1).clamp_min(1e-12)
+    rest = grey - strength * at.cover  # at right angles to the coverage, as the colour is the best one
+    along = (at.slopes @ at.cover[..., None])[..., 0]
+    gradient = strength * (at.slopes @ rest[..., None])[..., 0]
+    flat = at.slopes @ at.slopes.mT - along[:, :, None] * (along / own[:, None])[:, None]
+    return energy - own * strength[:, 0] ** 2, gradient, strength[..., None] ** 2 * flat
