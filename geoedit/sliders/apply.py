@@ -1,4 +1,4 @@
-"""Sliders at work: what they add is computed beside the modules that they change, and no weight is touched."""
+"""Sliders at work: what they add is computed beside the modules that they change; no weight is touched."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def together(
     region: Any = None,
     allow_other_base: bool = False,
 ) -> Active:
-    """Put several sliders to work at once: ``with together(pipe, [age @ 1.5, smile @ -0.7]): pipe(...)``.
+    """Put several sliders to work at once, for a ``with`` block.
 
-    Every module y = W x + b that they change gives y + Σᵢ fᵢ Bᵢ Aᵢ x: the factors of all sliders lie side by side,
-    so that k sliders cost two products of matrices, as one does. A factor fᵢ comes from the slider's scale through
-    its calibration; sliders at factor 0 cost nothing, and leave every bit as it is.
+    Every module y = W x + b that they change gives y + Σᵢ fᵢ Bᵢ Aᵢ x: the factors of all sliders lie side by
+    side, so that k sliders cost two products of matrices, as one does. A factor fᵢ comes from the slider's
+    scale through its calibration; sliders at factor 0 cost nothing, and leave every bit as it is.
 
     Progress is 1 − t / T, with the denoiser's own time t and the T noise levels of its training: it does not
     depend on the number of steps. Each row of a batch has the progress of its own time.
@@ -44,8 +44,8 @@ def together(
 
     Args:
         pipe: a diffusers pipeline, or a module.
-        terms: `slider @ scale`, or pairs of a slider and a scale; a scale is a number, one for each sample (rows
-            of guidance repeat the samples), or a function of progress. Tensors may carry derivatives.
+        terms: `slider @ scale`, or pairs of a slider and a scale; a scale is a number, one for each sample
+            (rows of guidance repeat the samples), or a function of progress. Tensors may carry derivatives.
         start: the progress from which the sliders work.
         stop: the progress at which they end; the step that lies on it is without them.
         region: a mask (height, width) or (samples, height, width) with values from 0 to 1.
@@ -55,6 +55,21 @@ def together(
         EditError: a slider does not fit; a scale, a window or a region is not what it should be; a window, a
             schedule or a region for a slider that changes more than the denoiser; at the end of the block, a
             component that a slider changes never ran.
+
+    Example:
+        >>> import torch
+        >>> from geoedit.sliders import ModuleChange, Slider
+        >>> from manifolds import LowRank
+        >>> layer = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+        >>> x = torch.ones(1, 2)
+        >>> first, second = (
+        ...     Slider(name, {"model": {"0": ModuleChange(LowRank(torch.ones(1, 1), torch.tensor([row])))}})
+        ...     for name, row in (("age", [1.0, 0.0]), ("smile", [0.0, 1.0]))
+        ... )
+        >>> with together(layer, [first @ 1.5, second @ -0.5]):
+        ...     moved = layer(x)
+        >>> (moved - layer(x)).detach().round(decimals=4)
+        tensor([[1.]])
     """
     if not terms:
         raise EditError("together: there is no slider to put to work; give at least one")
@@ -76,7 +91,7 @@ def together(
 
 
 class Active:
-    """Sliders that are at work from ``__enter__`` to ``__exit__``; nothing of the model but its hooks changes."""
+    """Sliders that are at work from ``__enter__`` to ``__exit__``; of the model only the hooks change."""
 
     def __init__(self, parts: Mapping[str, _Part], branches: Sequence[_Branch]) -> None:
         self._parts, self._branches = parts, branches
@@ -96,9 +111,9 @@ class Active:
         silent = [name for name, ran in self.ran.items() if not ran]
         if silent:
             raise EditError(
-                f"the slider changes {', '.join(silent)}, none of whose changed modules ran: call the pipeline inside "
-                "the block, encode prompts there too, and do not compile modules before; `slider.only(...)` gives "
-                "the part for some components"
+                f"the slider changes {', '.join(silent)}, none of whose changed modules ran: call the "
+                "pipeline inside the block, encode prompts there too, and do not compile modules before; "
+                "`slider.only(...)` gives the part for some components"
             )
 
     def remove(self) -> None:
@@ -152,8 +167,8 @@ class _Part:
         self.longest = 1.0 if "guidance_embeds" in config else levels
         if (self.timed or region is not None) and TIME not in self.parameters.parameters:
             raise EditError(
-                f"{name} has no time: a schedule or a region is for denoisers. Give the part of the slider that "
-                "changes the denoiser: `slider.only(...)`"
+                f"{name} has no time: a schedule or a region is for denoisers. Give the part of the slider "
+                "that changes the denoiser: `slider.only(...)`"
             )
 
     def attach(self) -> list[Any]:
@@ -234,7 +249,7 @@ class _Branch:
         return output + self._convolved(inputs, left, right, owners)
 
     def _convolved(self, inputs: Tensor, left: Tensor, right: Tensor, owners: Tensor) -> Tensor:
-        """The same for a convolution: the kernel of the module, then one of 1; the groups share the factors' rows."""
+        """The same for a convolution: its own kernel, then one of 1; the groups share the rows of the factors."""
         conv: Any = self.inner
         groups, kernel = conv.groups, conv.kernel_size
         ones = (1,) * len(kernel)
@@ -250,7 +265,8 @@ class _Branch:
         factors = self.part.factors
         if factors is None:
             raise EditError(
-                f"{self.path} ran on its own; with a scale for each sample or time, call the whole {self.part.name}"
+                f"{self.path} ran on its own; with a scale for each sample or time, call the "
+                f"whole {self.part.name}"
             )
         if factors.ndim == 2 and factors.shape[0] != inner.shape[0]:
             raise EditError(

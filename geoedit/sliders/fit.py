@@ -16,8 +16,8 @@ from geoedit.sliders.slider import ModuleChange, Slider
 MODEL = "model"
 """The one component of a model that is no pipeline."""
 RELATED = 0.5
-"""Least cosine of the weights sampled from a component and from what the slider was trained on. A fine-tune keeps
-its weights close to its origin's, so that their cosine is nearly 1; models trained apart have one near 0."""
+"""Least cosine of the weights sampled from a component and from what the slider was trained on. A fine-tune
+keeps its weights close to its origin's, with a cosine of nearly 1; models trained apart have one near 0."""
 COMPONENTS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
 LISTED = 5
 
@@ -56,8 +56,8 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
     found = {name: part for name in COMPONENTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
     if not found:
         raise EditError(
-            f"a {type(pipe).__name__} has no component that a slider could change ({', '.join(COMPONENTS)}); give "
-            "a diffusers pipeline or a module"
+            f"a {type(pipe).__name__} has no component that a slider could change ({', '.join(COMPONENTS)}); "
+            "give a diffusers pipeline or a module"
         )
     return found
 
@@ -98,7 +98,7 @@ def fitting(slider: Slider, pipe: Any, *, allow_other_base: bool = False) -> lis
 
 
 def describe_base(pipe: Any, components: Iterable[str]) -> dict[str, Any]:
-    """What `details["base"]` of a slider holds: for each component its class and its fingerprint, as plain JSON.
+    """What `details["base"]` of a slider holds: for each component its class and fingerprint, as plain JSON.
 
     Raises:
         EditError: the pipeline has no such component.
@@ -128,7 +128,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return tuple(module.weight.shape)
     if is_conv1d(module):
-        rows, columns = module.weight.shape  # type: ignore[union-attr, operator, misc]
+        rows, columns = module.weight.shape  # type: ignore[misc]
         return columns, rows
     return None
 
@@ -160,8 +160,8 @@ def _check_origin(slider: Slider, pipe: Any) -> None:
         cosine = _cosine(Fingerprint.from_dict(kept).samples, fingerprint(part).samples) if part else None
         if cosine is not None and cosine < RELATED:
             raise EditError(
-                f"slider {slider.name!r} was trained on another {name}: shapes agree, but the weights of this one "
-                f"have cosine {cosine:.2f} with those (a fine-tune has nearly 1). Load its base, or give "
+                f"slider {slider.name!r} was trained on another {name}: shapes agree, but the weights of "
+                f"this one have cosine {cosine:.2f} with those (a fine-tune has nearly 1). Load its base, or give "
                 "allow_other_base=True"
             )
 

@@ -40,11 +40,13 @@ class Region:
             mask = mask.unsqueeze(0)
         if mask.ndim != 3 or mask.numel() == 0:
             raise EditError(
-                f"a region of shape {tuple(mask.shape)}; give a mask (height, width) or (samples, height, width)"
+                f"a region of shape {tuple(mask.shape)}; give a mask (height, width) or "
+                "(samples, height, width)"
             )
         if not bool(((mask >= 0) & (mask <= 1)).all()):
             raise EditError(
-                f"a region has values from {float(mask.min()):g} to {float(mask.max()):g}; they run from 0 to 1"
+                f"a region has values from {float(mask.min()):g} to {float(mask.max()):g}; they run from 0 "
+                "to 1"
             )
         return cls(mask)
 
@@ -65,7 +67,8 @@ class Region:
             height, width = (int(size) + 1 for size in ids.reshape(-1, 3)[:, 1:].amax(0))
         else:
             raise EditError(
-                f"the denoiser's output has shape {tuple(output.shape)}, which is no image: a region has no place in it"
+                f"the denoiser's output has shape {tuple(output.shape)}, which is no image: a region has no "
+                "place in it"
             )
         mask = self.mask.to(device=output.device).unsqueeze(1)
         mask = functional.interpolate(mask, (height, width), mode="area").to(output.dtype)
@@ -73,6 +76,7 @@ class Region:
             mask = mask.flatten(2).mT
         if len(mask) not in (1, output.shape[0]) and output.shape[0] % len(mask):
             raise EditError(
-                f"a region for {len(mask)} samples and an output of {output.shape[0]} rows; give one for each sample"
+                f"a region for {len(mask)} samples and an output of {output.shape[0]} rows; give one for "
+                "each sample"
             )
         return mask if len(mask) == 1 else mask.repeat(output.shape[0] // len(mask), *(1,) * (mask.ndim - 1))

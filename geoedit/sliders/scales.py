@@ -37,8 +37,8 @@ class Window:
     def __post_init__(self) -> None:
         if not (0.0 <= self.start < self.stop <= 1.0):
             raise EditError(
-                f"start is {self.start} and stop {self.stop}; progress runs from 0 at pure noise to 1 at the image, "
-                "and start comes before stop"
+                f"start is {self.start} and stop {self.stop}; progress runs from 0 at pure noise to 1 at the "
+                "image, and start comes before stop"
             )
 
     @property
@@ -99,8 +99,8 @@ class Term:
     def factors(self, rows: int, progress: Float[Tensor, " rows"] | None, device: torch.device) -> Tensor:
         """The factor on the changes, for each row or as one number ().
 
-        Rows are samples, once or several times over: a pipeline that guides gives the unconditional rows first
-        and the conditional ones after them.
+        Rows are samples, once or several times over: a pipeline that guides gives the unconditional rows
+        first and the conditional ones after them.
 
         Raises:
             EditError: the rows are no multiple of the samples; the function gives no scale.
@@ -125,8 +125,8 @@ class Term:
             return factor
         if rows % len(factor):
             raise EditError(
-                f"slider {self.slider.name!r} has {len(factor)} scales, one for each sample, and the model was "
-                f"given {rows} rows; give as many prompts as scales (a prompt again for each of its images)"
+                f"slider {self.slider.name!r} has {len(factor)} scales, one for each sample, and the model "
+                f"was given {rows} rows; give as many prompts as scales (one again for each of its images)"
             )
         return factor.repeat(rows // len(factor))
 
@@ -143,8 +143,8 @@ def _plain(slider: Slider, scale: Any) -> float | Tensor:
         values = values if values.is_floating_point() else values.float()
         if values.ndim > 1 or values.numel() == 0 or values.is_complex():
             raise EditError(
-                f"slider {slider.name!r}: scales of shape {tuple(values.shape)}; give one number, or one for each "
-                "sample"
+                f"slider {slider.name!r}: scales of shape {tuple(values.shape)}; give one number, or one for "
+                "each sample"
             )
         if not bool(torch.isfinite(value_of(values)).all()):
             raise EditError(
@@ -167,8 +167,8 @@ def _warn(slider: Slider, scale: float | Tensor) -> None:
     far = most if most > high + margin else least if least < low - margin else None
     if far is not None:
         warnings.warn(
-            f"slider {slider.name!r} at scale {far:g} is far outside its safe range [{low:g}, {high:g}]: images may "
-            "leave what the model can draw, and the attribute may turn back",
+            f"slider {slider.name!r} at scale {far:g} is far outside its safe range [{low:g}, {high:g}]: "
+            "images may leave what the model can draw, and the attribute may turn back",
             stacklevel=5,
         )
 

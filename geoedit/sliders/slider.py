@@ -27,8 +27,8 @@ class ModuleChange:
     """What a slider adds to one module's weight at scale 1, in factors.
 
     Attributes:
-        matrix: the difference (out, in), for a convolution (out, in / groups · kernel), whatever way round the
-            module stores its weight.
+        matrix: the difference (out, in), for a convolution (out, in / groups · kernel), whatever way round
+            the module stores its weight.
         kernel: the kernel of a convolution, such as (3, 3); empty for a linear map.
     """
 
@@ -56,7 +56,6 @@ class Slider:
 
     Example:
         >>> import torch
-        >>> from geoedit.sliders import ModuleChange, Slider
         >>> from manifolds import LowRank
         >>> change = ModuleChange(LowRank(torch.ones(2, 1), torch.ones(1, 3)))
         >>> slider = Slider("size", {"model": {"0": change}})
@@ -94,7 +93,7 @@ class Slider:
         return f"Slider({self.name!r}, {told}, modules: {places})"
 
     def map(self, function: Callable[[LowRank], LowRank]) -> Slider:
-        """The slider with every matrix replaced; its calibration and details no longer hold and are dropped."""
+        """The slider with every matrix replaced; calibration and details no longer hold and are dropped."""
         changes = {
             component: {path: change.map(function) for path, change in modules.items()}
             for component, modules in self.changes.items()
@@ -115,8 +114,8 @@ class Slider:
         absent = [name for name in components if not self.changes.get(name)]
         if absent or not components:
             raise EditError(
-                f"slider {self.name!r} changes nothing in {', '.join(absent) or 'no component at all'}; it changes "
-                f"{', '.join(self.changes)}"
+                f"slider {self.name!r} changes nothing in {', '.join(absent) or 'no component at all'}; it "
+                f"changes {', '.join(self.changes)}"
             )
         return replace(self, changes={name: self.changes[name] for name in components})
 
@@ -125,14 +124,14 @@ class Slider:
         return Scaled(self, float(scale))
 
     def factor(self, scale: float | int | Tensor) -> float | Tensor:
-        """What multiplies the changes at a scale, or at each scale of a tensor: the calibration's map, or the scale."""
-        if self.calibration is not None:
-            return self.calibration.factor(scale if isinstance(scale, Tensor) else float(scale))
-        return scale if isinstance(scale, Tensor) else float(scale)
+        """What multiplies the changes at a scale (or at each of a tensor); itself if there is no calibration."""
+        if isinstance(scale, Tensor):
+            return scale if self.calibration is None else self.calibration.factor(scale)
+        return float(scale) if self.calibration is None else self.calibration.factor(float(scale))
 
     @property
     def safe_range(self) -> tuple[float, float] | None:
-        """The scales (low, high) between which it was found safe, as its details tell; None where they do not.
+        """The scales (low, high) between which it is safe, as its details tell; None where they do not.
 
         Raises:
             EditError: the details hold something else than two numbers, the lower first.
@@ -169,8 +168,8 @@ class Slider:
 
         Args:
             pipe: a diffusers pipeline, or a module (a language model, a denoiser alone).
-            scale: in the slider's own units: a number, one for each sample of the batch (a list or a tensor), or a
-                function of progress, which runs from 0 at pure noise to 1 at the clean image.
+            scale: in the slider's own units: a number, one for each sample of the batch (a list or a tensor),
+                or a function of progress, which runs from 0 at pure noise to 1 at the clean image.
             start: the progress from which the slider works. Starting late keeps layout and identity.
             stop: the progress at which it ends.
             region: a mask (height, width) or (samples, height, width) with values from 0 to 1, of any
@@ -178,8 +177,8 @@ class Slider:
             allow_other_base: use it even if the weights are not those that it was made for.
 
         Raises:
-            EditError: the slider does not fit the pipeline; a scale, a window or a region is not what it should
-                be; at the end of the block, none of a component's modules ran.
+            EditError: the slider does not fit the pipeline; a scale, a window or a region is not what it
+                should be; at the end of the block, none of a component's modules ran.
         """
         from geoedit.sliders.apply import together
 
@@ -189,8 +188,8 @@ class Slider:
 
     # Files and weight updates
 
-    def save(self, path: str | PathLike[str], format: Format = "diffusers") -> None:  # noqa: A002 - the field's word
-        """Write the slider to a safetensors file that diffusers, and with "kohya" other programs, load as a LoRA.
+    def save(self, path: str | PathLike[str], format: Format = "diffusers") -> None:
+        """Write the slider to a safetensors file: a LoRA for diffusers, or with "kohya" for other programs.
 
         See `geoedit.sliders.files.save`.
 
