@@ -62,13 +62,8 @@ class Autoencoder:
         if self.module is None:
             return pixels
         out = self._call("encode", pixels)
-        if hasattr(out, "latent_dist"):
-            latents = out.latent_dist.mode()
-        else:
-            latents = out.latents if hasattr(out, "latents") else out[0]
-        return ((latents.to(images.dtype) - _like(self.shift, images)) * _like(self.scale, images)).to(
-            images.dtype
-        )
+        latents = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+        return (latents.to(images.dtype) - _like(self.shift, images)) * _like(self.scale, images)
 
     def _call(self, name: str, value: Tensor) -> Any:
         """One method of the module, in single precision on copies of its weights if halves overflow."""

@@ -84,8 +84,8 @@ class Base(ABC):
     ) -> Float[Tensor, "rows channels height width"]:
         """One forward pass of the denoiser: its raw output, a time for each row. With gradients if asked for.
 
-        `guidance` is the input of a guidance-distilled denoiser; others ignore it. Latents of another type than
-        the denoiser's are converted, and the output is of the latents' type.
+        `guidance` is the input of a guidance-distilled denoiser, 1 if None; others ignore it. Latents of
+        another type than the denoiser's are converted, and the output is of the latents' type.
 
         Raises:
             EditError: latents, times and conditioning differ in their rows.
@@ -93,7 +93,11 @@ class Base(ABC):
 
     @abstractmethod
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """Shape of one image's latents as `predict` takes them (without the rows); pixels, or the default size.
+        """Shape of one image's latents as `predict` takes them (without the rows).
+
+        Args:
+            height: pixels, or None for the pipeline's default.
+            width: likewise.
 
         Raises:
             EditError: a size that the pipeline's cells do not divide.
@@ -113,8 +117,10 @@ class Base(ABC):
 
         Args:
             steps: how many.
-            shape: of one image's latents, where the times depend on it (shifted schedules); the default if None.
+            shape: of one image's latents, where the times depend on it (shifted schedules); default if None.
         """
+        if steps < 1:
+            raise EditError(f"a trajectory of {steps} steps is none: ask for one step at least")
         return self.noise_schedule.times(steps, **self._timing(steps, shape)).to(self.device)
 
     def step(
@@ -124,10 +130,11 @@ class Base(ABC):
         latents: Float[Tensor, "rows channels height width"],
         times: Float[Tensor, " steps"],
     ) -> Float[Tensor, "rows channels height width"]:
-        """One deterministic sampling step from times[index] to times[index + 1], or to the end after the last.
+        """One deterministic sampling step from times[index] to the next time, or after the last to the end.
 
-        ``signal′ · clean + noise′ · noise`` with the clean latents and the noise that the output means: DDIM with
-        η = 0 (Song et al. 2021) for diffusion, and for flow matching the Euler step ``latents + (σ′ − σ) output``.
+        ``signal′ · clean + noise′ · noise`` with the clean latents and the noise that the output means. That
+        is DDIM with η = 0 (Song et al. 2021), also Euler's step in σ; and for flow matching Euler's step
+        ``latents + (σ′ − σ) · output``. Computed in single precision at least.
         """
         time = times[index : index + 1].expand(len(latents))
         clean = self.noise_schedule.limit(self._clean(latents, time, output))
@@ -202,8 +209,8 @@ class Base(ABC):
     ) -> Float[Tensor, "rows channels height width"]:
         """Output under guidance: u + g (c − u) (Ho & Salimans 2022), both halves in one pass.
 
-        One half only if g is 1 or `unconditional` is None; a guidance-distilled denoiser is told g and needs no
-        other half. `unconditional` has as many rows as `conditioning`, or one for all.
+        One half only if g is 1 or `unconditional` is None; a guidance-distilled denoiser is told g and needs
+        no other half. `unconditional` has as many rows as `conditioning`, or one for all.
         """
         if self.guidance_distilled:
             return self.predict(latents, times, conditioning, guidance=guidance)
@@ -226,7 +233,7 @@ class Base(ABC):
         unconditional: Conditioning | None = None,
         keep: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """A whole trajectory without gradients: the clean latents, and the noisy latents before the steps in `keep`.
+        """A whole trajectory without gradients: clean latents, and the noisy ones before the steps in `keep`.
 
         Args:
             conditioning: a row for each image.
@@ -237,7 +244,7 @@ class Base(ABC):
             keep: indices of steps; the latents before step k are those at time ``schedule(steps)[k]``.
 
         Returns:
-            Clean latents (rows, channels, height, width), and kept ones (rows, kept, channels, height, width).
+            Clean latents (rows, channels, height, width); kept ones (rows, kept, channels, height, width).
 
         Raises:
             EditError: a step to keep that is not there, or noise that is not finite.
@@ -248,19 +255,25 @@ class Base(ABC):
             raise EditError("the noise to start from has entries that are NaN or infinite")
         times = self.schedule(steps, noise.shape[1:])
         latents = self.noise_schedule.start(noise, steps, **self._timing(steps, noise.shape[1:]))
-        kept = noise.new_empty(len(noise), len(keep), *noise.shape[1:])
+        before: dict[int, Tensor] = {}
         for index in range(len(times)):
-            for place, wanted in enumerate(keep):
-                if wanted == index:
-                    kept[:, place] = latents
+            if index in keep:
+                before[index] = latents
             now = times[index : index + 1].expand(len(latents))
             output = self.guided(latents, now, conditioning, unconditional, guidance)
             latents = self.step(output, index, latents, times)
-        return latents, kept
+        if not keep:
+            return latents, latents.unsqueeze(1)[:, :0]
+        return latents, torch.stack([before[index] for index in keep], 1)
 
     def _timing(self, steps: int, shape: Sequence[int] | None) -> dict[str, Any]:
         """What the family's pipeline tells the scheduler beside the number of steps."""
         return {}
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's config."""
+        return self.denoiser.config
 
     @property
     def device(self) -> torch.device:

@@ -47,7 +47,7 @@ class Conditioning:
         shapes = [{name: tuple(t.shape[1:]) for name, t in part.tensors.items()} for part in parts]
         if not parts or any(shape != shapes[0] for shape in shapes):
             raise EditError(
-                f"cannot put these conditionings together, a row of each is {shapes}: encode all with one base"
+                f"cannot join these conditionings, a row of each is {shapes}: encode all with one base"
             )
         return Conditioning(
             {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}

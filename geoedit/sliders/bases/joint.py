@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,12 @@ from geoedit.sliders.bases.unet import sides
 
 
 class TransformerBase(Base):
-    """What Stable Diffusion 3 and Flux share: encoded words and pooled ones, shifted autoencoder, shifted times."""
+    """What Stable Diffusion 3 and Flux share: words and pooled words, shifted latents, shifted times."""
 
     patch: int
     """Cells along a side of what the transformer sees as one token."""
+    max_shift = 1.16
+    """Where the scheduler's config has none: the pipeline's default."""
 
     def __init__(self, pipe: Any, patch: int) -> None:
         config = pipe.vae.config
@@ -44,7 +45,7 @@ class TransformerBase(Base):
         return Conditioning({"words": words.to(*to), "pooled": pooled.to(*to)})
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """(channels, height / cell, width / cell)."""
+        """(channels, cells along the height, cells along the width)."""
         side = self.pipe.default_sample_size
         cells = sides(height, width, (side, side), self.autoencoder.cell, self.patch)
         return (self.autoencoder.channels or 0, *cells)
@@ -52,25 +53,21 @@ class TransformerBase(Base):
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def _shift(self, shape: Sequence[int] | None) -> dict[str, float]:
-        """The shift that the pipeline takes from the number of tokens, where its scheduler wants one.
+    def _timing(self, steps: int, shape: Sequence[int] | None) -> dict[str, Any]:
+        """The shift μ of the times, linear in the number of tokens, where the scheduler wants one.
 
-        Linear in the tokens between the config's base and maximum; defaults are the pipeline's own.
+        ``μ = base + (max − base) (tokens − base tokens) / (max tokens − base tokens)`` (Esser et al. 2024).
         """
-        config = self.pipe.scheduler.config
+        config = self.noise_schedule.config
         if not config.get("use_dynamic_shifting"):
             return {}
-        compute = inspect.getmodule(type(self.pipe)).calculate_shift
         _, high, wide = self.latent_shape() if shape is None else shape
         tokens = (high // self.patch) * (wide // self.patch)
-        names = {
-            "base_seq_len": "base_image_seq_len",
-            "max_seq_len": "max_image_seq_len",
-            "base_shift": "base_shift",
-            "max_shift": "max_shift",
-        }
-        given = {name: config[key] for name, key in names.items() if config.get(key) is not None}
-        return {"mu": float(compute(tokens, **given))}
+        fewest = config.get("base_image_seq_len", 256)
+        most = config.get("max_image_seq_len", 4096)
+        least = config.get("base_shift", 0.5)
+        slope = (config.get("max_shift", self.max_shift) - least) / (most - fewest)
+        return {"mu": least + slope * (tokens - fewest)}
 
 
 class JointBase(TransformerBase):
@@ -79,12 +76,7 @@ class JointBase(TransformerBase):
     def __init__(self, pipe: Any) -> None:
         config = pipe.transformer.config
         super().__init__(pipe, int(config.patch_size))
-        channels = self.autoencoder.channels
-        if config.in_channels != channels or config.out_channels != channels:
-            raise EditError(
-                f"the transformer takes {config.in_channels} channels and gives {config.out_channels} where latents "
-                f"have {channels}: the others are a mask or an image (inpainting, control), which sliders do not know"
-            )
+        check_channels(config.in_channels, config.out_channels, self.autoencoder.channels or 0)
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         words, _, pooled, _ = self.pipe.encode_prompt(
@@ -111,5 +103,11 @@ class JointBase(TransformerBase):
         )[0]
         return output.to(latents.dtype)
 
-    def _timing(self, steps: int, shape: Sequence[int] | None) -> dict[str, Any]:
-        return dict(self._shift(shape))
+
+def check_channels(taken: int, given: int | None, expected: int) -> None:
+    """Raise if the transformer takes more channels than latents have, or gives others."""
+    if taken != expected or given not in (None, expected):
+        raise EditError(
+            f"the transformer takes {taken} channels and gives {given or taken} where latents have "
+            f"{expected}: the others are a mask or an image (inpainting, control), which sliders do not know"
+        )

@@ -1,4 +1,4 @@
-"""Signal and noise at a time, and the times that a pipeline visits, read from its scheduler whatever its class."""
+"""Signal and noise at a time, and the times that a pipeline visits, read from its scheduler."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Schedule(ABC):
 
     Attributes:
         prediction: what the denoiser's output means.
+        config: the scheduler's.
+        count: the number of times that it was trained on.
         end: signal and noise factors after the last step.
     """
 
@@ -28,8 +30,8 @@ class Schedule(ABC):
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = copy.deepcopy(scheduler)
-        self._config = scheduler.config
-        self.count = int(self._config.num_train_timesteps)
+        self.config = scheduler.config
+        self.count = int(self.config.num_train_timesteps)
 
     @abstractmethod
     def levels(self, times: Float[Tensor, " rows"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
@@ -42,7 +44,7 @@ class Schedule(ABC):
     def times(self, steps: int, **options: Any) -> Float[Tensor, " steps"]:
         """The times of so many steps, the noisiest first; `options` go to the scheduler's ``set_timesteps``.
 
-        Multistep and higher-order schedulers visit a time twice or visit times between; here each step has one.
+        Multistep and higher-order schedulers visit times twice, or times between; here each step has one.
         """
         scheduler = self._set(steps, **options)
         times = torch.as_tensor(scheduler.timesteps).detach().to("cpu", torch.float32).unique().flip(0)
@@ -52,8 +54,8 @@ class Schedule(ABC):
 
         plain = DDIMScheduler(
             num_train_timesteps=self.count,
-            timestep_spacing=self._config.get("timestep_spacing", "leading"),
-            steps_offset=self._config.get("steps_offset", 0),
+            timestep_spacing=self.config.get("timestep_spacing", "leading"),
+            steps_offset=self.config.get("steps_offset", 0),
         )
         plain.set_timesteps(steps)
         return plain.timesteps.to(torch.float32)
@@ -96,13 +98,13 @@ class Schedule(ABC):
 class Diffusion(Schedule):
     """Variance kept: ``signal² + noise² = 1``, with ``signal² = ᾱ(t)`` from the scheduler's own table.
 
-    Between two whole times the ratio σ = noise / signal is interpolated, as Euler-type schedulers do: linearly,
-    or its logarithm if the scheduler places its times by σ (Karras, exponential, beta spacing).
+    Between two whole times the ratio σ = noise / signal is interpolated, as Euler-type schedulers do:
+    linearly, or its logarithm if the scheduler places its times by σ (Karras, exponential, beta spacing).
     """
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__(scheduler)
-        self.prediction = _prediction(self._config.get("prediction_type", "epsilon"))
+        self.prediction = _prediction(self.config.get("prediction_type", "epsilon"))
         alphas = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
         if self.prediction == "epsilon" and float(alphas.min()) <= 0:
             raise EditError(
@@ -111,9 +113,9 @@ class Diffusion(Schedule):
             )
         self._table = torch.stack([alphas.sqrt(), (1 - alphas).sqrt()])
         spaced = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-        self._logarithmic = any(self._config.get(name) for name in spaced)
+        self._logarithmic = any(self.config.get(name) for name in spaced)
         last = getattr(scheduler, "final_alpha_cumprod", None)
-        if last is None and self._config.get("final_sigmas_type") == "sigma_min":
+        if last is None and self.config.get("final_sigmas_type") == "sigma_min":
             last = alphas[0]
         final = 1.0 if last is None else float(last)
         self.end = (final**0.5, (1 - final) ** 0.5)
@@ -144,13 +146,13 @@ class Diffusion(Schedule):
         Raises:
             EditError: the scheduler thresholds by quantiles of each image, which is not built here.
         """
-        if self._config.get("thresholding"):
+        if self.config.get("thresholding"):
             raise EditError(
                 "the scheduler thresholds its predictions by quantiles (thresholding=True): set it to False"
             )
-        if not self._config.get("clip_sample"):
+        if not self.config.get("clip_sample"):
             return clean
-        edge = float(self._config.get("clip_sample_range", 1.0))
+        edge = float(self.config.get("clip_sample_range", 1.0))
         return clean.clamp(-edge, edge)
 
 
@@ -184,14 +186,17 @@ def schedule_of(scheduler: Any) -> Schedule:
     if hasattr(scheduler, "sigmas") and float(torch.as_tensor(scheduler.sigmas).max()) <= 1:
         return Flow(scheduler)
     raise EditError(
-        f"{name} has neither a table of alphas_cumprod nor levels of flow matching: give the pipeline a DDIM, "
-        "Euler or flow-matching scheduler"
+        f"{name} has neither a table of alphas_cumprod nor levels of flow matching: give the pipeline a "
+        "DDIM, Euler or flow-matching scheduler"
     )
 
 
 def _prediction(name: str) -> Prediction:
-    if name == "epsilon" or name == "v_prediction" or name == "sample":
-        return name
-    raise EditError(
-        f"a scheduler with prediction_type={name!r}: known are 'epsilon', 'v_prediction' and 'sample'"
-    )
+    known: dict[str, Prediction] = {
+        "epsilon": "epsilon",
+        "v_prediction": "v_prediction",
+        "sample": "sample",
+    }
+    if name not in known:
+        raise EditError(f"a scheduler with prediction_type={name!r}: known are {', '.join(known)}")
+    return known[name]

@@ -1,4 +1,4 @@
-"""U-Nets: Stable Diffusion 1.x and 2.x and their kin, told by cross-attention; and U-Nets that take no prompts."""
+"""U-Nets: Stable Diffusion 1.x and 2.x, told by cross-attention; and U-Nets that take no prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UNetBase(Base):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe, "unet", self._autoencoder(pipe))
-        config = self.denoiser.config
+        config = self.config
         check_unet(config, self.autoencoder)
         self.guidance_distilled = config.get("time_cond_proj_dim") is not None
         self.takes_prompts = any(
@@ -45,8 +45,8 @@ class UNetBase(Base):
         prompts = check_prompts(prompts)
         if not self.takes_prompts or not hasattr(self.pipe, "encode_prompt"):
             raise EditError(
-                f"this pipeline ({type(self.pipe).__name__}) takes no prompts: its U-Net has no cross-attention or "
-                "it has no text encoder; use a direction or pairs of images, and unconditional()"
+                f"this pipeline ({type(self.pipe).__name__}) takes no prompts: its U-Net has no "
+                "cross-attention, or it has no text encoder; use a direction or pairs of images instead"
             )
         words = self.pipe.encode_prompt(prompts, self.device, 1, False)[0]
         return Conditioning({"words": words.to(self.device, self.dtype)})
@@ -73,7 +73,7 @@ class UNetBase(Base):
         if self.takes_prompts:
             told = self._told(conditioning)
             told["encoder_hidden_states"] = conditioning.tensors["words"].to(self.dtype)
-        elif "cross_attention_dim" in self.denoiser.config:
+        elif "cross_attention_dim" in self.config:
             told["encoder_hidden_states"] = None
         if self.guidance_distilled:
             told["timestep_cond"] = self._guidance(1.0 if guidance is None else guidance, len(latents))
@@ -81,13 +81,13 @@ class UNetBase(Base):
         return output.to(latents.dtype)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """(channels, height / cell, width / cell)."""
-        side = self.denoiser.config.sample_size
-        default = (side, side) if isinstance(side, int) else side
-        if default is None and None in (height, width):
+        """(channels, cells along the height, cells along the width)."""
+        side = self.config.sample_size
+        if side is None and None in (height, width):
             raise EditError("the U-Net's config names no size (sample_size): say height and width in pixels")
-        cells = sides(height, width, default or (0, 0), self.autoencoder.cell)
-        return (self.denoiser.config.in_channels, *cells)
+        default = tuple(side) if isinstance(side, tuple | list) else (side or 0, side or 0)
+        cells = sides(height, width, default, self.autoencoder.cell)
+        return (self.config.in_channels, *cells)
 
     def _told(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the family's U-Net is told beside the words."""
@@ -97,9 +97,7 @@ class UNetBase(Base):
         """The embedding of a guidance scale, as the pipeline computes it (Meng et al. 2023)."""
         embed = self.pipe.get_guidance_scale_embedding
         scales = torch.full((rows,), guidance - 1.0, device=self.device)
-        return embed(scales, embedding_dim=self.denoiser.config.time_cond_proj_dim).to(
-            self.device, self.dtype
-        )
+        return embed(scales, embedding_dim=self.config.time_cond_proj_dim).to(self.device, self.dtype)
 
 
 def sides(
@@ -125,8 +123,9 @@ def check_unet(config: Any, autoencoder: Autoencoder) -> None:
     channels = autoencoder.channels or config.out_channels
     if config.in_channels != channels:
         raise EditError(
-            f"the U-Net takes {config.in_channels} channels where latents have {channels}: the others are a mask, "
-            "an image or a depth (inpainting and the like), which sliders do not know; use the text-to-image model"
+            f"the U-Net takes {config.in_channels} channels where latents have {channels}: the others are a "
+            "mask, an image or a depth (inpainting and the like), which sliders do not know; take the "
+            "text-to-image model"
         )
     if config.out_channels != config.in_channels:
         raise EditError(

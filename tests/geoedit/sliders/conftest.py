@@ -90,8 +90,8 @@ def build_sd1(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
 
 def build_sd2_v(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     scheduler = DDIMScheduler(
-        **BETAS, clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True, steps_offset=1,
-        timestep_spacing="trailing",
+        **BETAS, clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+        steps_offset=1, timestep_spacing="trailing",
     )  # fmt: skip
     return sd(tokenizer, scheduler, 24, use_linear_projection=True, attention_head_dim=(2, 4))
 
@@ -111,15 +111,15 @@ def build_sdxl(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
             transformer_layers_per_block=(1, 2),
             use_linear_projection=True,
             attention_head_dim=(2, 4),
-        ),  # fmt: skip
+        ),
         scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
         add_watermarker=False,
-    )
+    )  # fmt: skip
 
 
 def build_sd3(tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
-        vae=autoencoder(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        vae=autoencoder(scaling_factor=1.5, shift_factor=0.06),
         text_encoder=CLIPTextModelWithProjection(text_config(tokenizer, 8)),
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, 16)),
         text_encoder_3=None,
@@ -128,8 +128,8 @@ def build_sd3(tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
         tokenizer_3=None,
         transformer=SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24,
-            pos_embed_max_size=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16,
+            pooled_projection_dim=24, pos_embed_max_size=8,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
@@ -141,7 +141,7 @@ def build_flux(tokenizer: CLIPTokenizer) -> FluxPipeline:
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     pipe = FluxPipeline(
-        vae=autoencoder(scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False),
+        vae=autoencoder(scaling_factor=0.36, shift_factor=0.12),
         text_encoder=CLIPTextModel(text_config(tokenizer, 16)),
         text_encoder_2=T5EncoderModel(words),
         tokenizer=tokenizer,
@@ -184,7 +184,7 @@ def shapes_tokenizer() -> CLIPTokenizer:
 
 @pytest.fixture(scope="session")
 def fresh_pipe(shapes_tokenizer: CLIPTokenizer) -> Callable[..., Any]:
-    """``fresh_pipe("sd1", seed=0)``: a new pipeline of a family, the test's own; the same seed, the same weights."""
+    """``fresh_pipe("sd1", seed=0)``: a new pipeline, the test's own; the same seed, the same weights."""
 
     def build(family: str, seed: int = 0) -> Any:
         with torch.random.fork_rng(devices=[]):
