@@ -187,7 +187,7 @@ def _config(path: Path, data: dict[str, Any], lines: Mapping[tuple[Any, ...], in
             f"{path}: training_method is {method!r}; those that can be read are {', '.join(TARGETS)}"
         )
     targets = [name for name in TARGETS[method] if name != "conv" or network.get("type") == "c3lier"]
-    precision = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16"}
+    precision = dict.fromkeys(("bfloat16", "bf16", "float16", "fp16"), "bfloat16")
     settings = {
         "rank": network.get("rank", 4),
         "alpha": network.get("alpha", 1.0),

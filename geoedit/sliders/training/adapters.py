@@ -31,11 +31,13 @@ class _Rows:
         scales = self.scales
         if scales is None:
             return output
-        if output.shape[0] != scales.shape[0]:
+        times, rest = divmod(output.shape[0], scales.shape[0])
+        if rest or not times:
             raise EditError(
                 f"row_scales: {scales.shape[0]} scales for a layer whose input has {output.shape[0]} rows; "
                 "give one scale for each row of the forward pass"
             )
+        scales = scales.repeat(times)  # the halves of guidance stand one after the other
         return output * scales.to(output.dtype).reshape(-1, *(1,) * (output.ndim - 1))
 
 
@@ -192,14 +194,15 @@ def row_scales(
     """Within the context, each row of a forward pass has the adapter at its own scale.
 
     What a layer's adapter adds to row i is multiplied by ``scales[i]``; the rows are the first dimension of
-    every layer's input. None is scale 1 for all. Scales may be differentiable.
+    every layer's input. A pass of a multiple of so many rows (the two halves of guidance) takes the scales
+    again and again. None is scale 1 for all. Scales may be differentiable.
 
     Args:
         modules: modules with layers that `Adapters` put there.
         scales: a scale for each row.
 
     Raises:
-        EditError: no such layers; at the forward pass, another number of rows.
+        EditError: no such layers; at the forward pass, rows that are no multiple of the scales.
     """
     states = {id(rows): rows for layer in lora_layers(modules) if (rows := _rows_of(layer)) is not None}
     if not states:

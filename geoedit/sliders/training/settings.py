@@ -12,9 +12,6 @@ from typing import Any, Literal
 
 from geoedit.errors import EditError
 
-Targets = Literal["attn", "cross-attn", "self-attn", "no-cross-attn", "conv", "full"]
-"""Which layers get adapters; see `targets.target_paths`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -26,8 +23,10 @@ class TrainSettings:
         targets: which layers: one name or several to be joined.
         rank_pattern: ranks by regular expression on a layer's path, as in peft.
         alpha_pattern: alphas, likewise.
-        learning_rate: peak rate of the optimizer.
-        warmup: steps of the linear rise; the rate falls by a cosine to a tenth of the peak at the last step.
+        learning_rate: peak rate; that of `geometry.LEARNING_RATES` for the optimizer if None.
+        warmup: steps of the linear rise.
+        decay: the rate afterwards: "constant"; "root", falling as 1/√step, which does not depend on how many
+            steps there will be; or "cosine", down to a tenth at the last step.
         weight_decay: of AdamW.
         clip: largest norm of a gradient.
         optimizer: "adamw" on the factors, or "low_rank_adam" on the fixed-rank manifold (see `geometry`).
@@ -45,9 +44,10 @@ class TrainSettings:
         refresh: steps after which a part of the cache is drawn anew; 0 never.
         refresh_share: share of the cache that one refresh draws anew.
         trajectory_steps: sampling steps of a trajectory.
+        kept: latents that are kept of each trajectory.
         trajectory_guidance: guidance of a trajectory.
         accumulate: parts in which a batch goes through the model, one after another.
-        autocast: "bfloat16" or "float16" for the student's pass; None computes in the model's own type.
+        autocast: "bfloat16" for the student's pass; None computes in the model's own type.
         checkpointing: recompute activations in the backward pass.
         compile: compile the denoiser.
         published: use the published trainer's loss and step (see `published`).
@@ -60,8 +60,9 @@ class TrainSettings:
     targets: str | Sequence[str] = "full"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     warmup: int = 10
+    decay: Literal["constant", "root", "cosine"] = "root"
     weight_decay: float = 0.0
     clip: float = 1.0
     optimizer: Literal["adamw", "low_rank_adam"] = "adamw"
@@ -79,9 +80,10 @@ class TrainSettings:
     refresh: int = 50
     refresh_share: float = 0.25
     trajectory_steps: int = 20
+    kept: int = 10
     trajectory_guidance: float = 3.0
     accumulate: int = 1
-    autocast: Literal["bfloat16", "float16"] | None = None
+    autocast: Literal["bfloat16"] | None = None
     checkpointing: bool = False
     compile: bool = False
     published: bool = False
@@ -89,7 +91,7 @@ class TrainSettings:
     project: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("rank", "learning_rate", "clip", "scale_max", "min_snr", "cache", "trajectory_steps")
+        positive = ("rank", "clip", "scale_max", "min_snr", "cache", "trajectory_steps", "kept")
         for name in (*positive, "accumulate"):
             if not getattr(self, name) > 0:
                 raise EditError(f"TrainSettings: {name} is {getattr(self, name)}; it must be above 0")
