@@ -126,7 +126,7 @@ def discover(
 
 
 def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**31, (), generator=generator))
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))
 
 
 def _signed(vector: Tensor) -> Tensor:

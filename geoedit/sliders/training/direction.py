@@ -23,6 +23,7 @@ from geoedit.sliders.bases.base import Base
 from geoedit.sliders.bottleneck import Bottleneck, captured, find_bottleneck, shifted
 from geoedit.sliders.training.regression import RegressionTask, encoded, loss_weights
 from geoedit.sliders.training.task import Batch
+from geoedit.sliders.training.trajectories import normal, uniform
 
 if TYPE_CHECKING:
     from geoedit.sliders.training.settings import TrainSettings
@@ -188,8 +189,9 @@ def trajectories(
     if samples < 1 or not prompts:
         raise EditError(f"{samples} trajectories of {len(prompts)} prompts: there is nothing to draw.")
     which = torch.arange(samples) % len(prompts)
-    noise = torch.randn(samples, *base.latent_shape(), generator=generator).to(base.device, base.dtype)
     conditioning = encoded(base, prompts).rows(which.to(base.device))
+    like = torch.empty(0, device=base.device, dtype=base.dtype)
+    noise = normal((samples, *base.latent_shape()), generator, like)
     two = guidance != 1 and not base.guidance_distilled and any(prompts)
     unconditional = base.unconditional() if two else None
 
@@ -220,7 +222,7 @@ class DirectionTask(RegressionTask):
 
     Args:
         base: the pipeline.
-        direction: what is distilled.
+        direction: what is distilled, or the file that it was saved to.
         prompts: what the denoiser is told; several are taken in turn. The empty prompt is a good one to
             have among them: guidance then has the slider in both halves alike.
         batch_size: rows of a step.
@@ -230,12 +232,13 @@ class DirectionTask(RegressionTask):
     def __init__(
         self,
         base: Base,
-        direction: Direction,
+        direction: Direction | str | PathLike[str],
         *,
         prompts: Sequence[str] = ("",),
         batch_size: int = 8,
         name: str = "",
     ) -> None:
+        direction = direction if isinstance(direction, Direction) else Direction.load(direction)
         super().__init__(base, name or direction.name, prompts, batch_size=batch_size)
         direction.bottleneck.module(base.denoiser)
         self.direction = replace(direction, vector=direction.vector.to(base.device))
@@ -256,7 +259,7 @@ class DirectionTask(RegressionTask):
             direction=self.direction,
             scales=scales.to(base.device),
         )
-        order = torch.randperm(samples * steps, generator=generator)[:couples]
+        order = torch.randperm(samples * steps, generator=generator, device=generator.device)[:couples].cpu()
         sample, step = order // steps, order % steps
         x = latents[sample.to(base.device), step.to(base.device)].repeat_interleave(2, 0)
         now = times[step.to(base.device)].repeat_interleave(2)
@@ -280,4 +283,4 @@ def draw_scales(count: int, settings: TrainSettings, generator: torch.Generator)
     """Sizes of scales by the law that the settings name, none of them zero."""
     if settings.scale_law == "ends":
         return torch.full((count,), float(settings.scale_max))
-    return settings.scale_max * (1 - torch.rand(count, generator=generator))
+    return settings.scale_max * (1 - uniform(count, generator))

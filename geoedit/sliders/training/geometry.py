@@ -21,6 +21,9 @@ OptimizerName = Literal["adamw", "low_rank_adam"]
 LEARNING_RATES: Mapping[str, float] = {"adamw": 2e-3, "low_rank_adam": 5e-3}
 """What each optimizer takes where the caller names no rate. Their units differ: see `make_optimizer`."""
 
+TOGETHER = 64
+"""Rows of one pass of the denoiser."""
+
 
 def make_optimizer(
     modules: Mapping[str, nn.Module],
@@ -129,21 +132,31 @@ class DenoiserTangents:
         conditioning: Conditioning,
     ) -> Float[Tensor, "rows *shape"]:
         """The tangent part of each row's change; without gradients."""
+        parts = [
+            self._along(at, along, conditioning.rows(rows))
+            for at, along, rows in zip(
+                clean.detach().split(TOGETHER),
+                change.detach().split(TOGETHER),
+                torch.arange(len(clean), device=clean.device).split(TOGETHER),
+                strict=True,
+            )
+        ]
+        return torch.cat(parts)
+
+    def _along(self, clean: Tensor, change: Tensor, conditioning: Conditioning) -> Tensor:
         base = self.base
-        times = clean.new_full((len(clean),), self.time)
-        signal, _ = base.levels(times)
-        signal = signal.to(clean)
+        times = torch.full((len(clean),), self.time, device=clean.device)
+        signal = base.levels(times)[0].to(clean)
 
         def denoised(latents: Tensor) -> Tensor:
             return base.clean(latents, times, base.predict(latents, times, conditioning))
 
-        at = (signal * clean).detach()
         # The fused attention kernels know no forward mode.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             for _ in range(self.powers):
-                found: Any = jvp(denoised, (at,), ((signal * change).to(at),))
+                found: Any = jvp(denoised, (signal * clean,), ((signal * change).to(clean),))
                 change = found[1]
-        return change.detach()
+        return change
 
 
 class LearnedTangents:

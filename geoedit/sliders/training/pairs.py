@@ -16,6 +16,7 @@ from geoedit.errors import EditError
 from geoedit.sliders.bases.base import Base
 from geoedit.sliders.training.regression import RegressionTask, loss_weights
 from geoedit.sliders.training.task import Batch
+from geoedit.sliders.training.trajectories import integers, normal, uniform
 
 if TYPE_CHECKING:
     from geoedit.sliders.training.settings import TrainSettings
@@ -174,12 +175,12 @@ class PairTask(RegressionTask):
     def make(self, couples: int, settings: TrainSettings, generator: torch.Generator) -> Batch:
         """Things, two levels of each, times and noise; the couple is the way there and the way back."""
         base, pairs = self.base, self.pairs
-        thing = torch.randint(len(pairs), (couples,), generator=generator)
-        a = torch.randint(len(pairs.levels), (couples,), generator=generator)
-        b = (a + torch.randint(1, len(pairs.levels), (couples,), generator=generator)) % len(pairs.levels)
+        count = len(pairs.levels)
+        thing, a = integers(len(pairs), couples, generator), integers(count, couples, generator)
+        b = (a + 1 + integers(count - 1, couples, generator)) % count
         first, second = (self.clean[thing.to(base.device), level.to(base.device)] for level in (a, b))
         times = self._times(couples, settings, generator)
-        noise = torch.randn(first.shape, generator=generator).to(first)
+        noise = normal(first.shape, generator, first)
         told = self._told(thing, generator).to(base.device).repeat_interleave(2)
         clean = torch.stack([first, second], 1).flatten(0, 1)
         times = times.repeat_interleave(2)
@@ -218,15 +219,14 @@ class PairTask(RegressionTask):
     def _times(self, count: int, settings: TrainSettings, generator: torch.Generator) -> Tensor:
         """Times that sampling visits, each equally often."""
         visited = self.base.schedule(settings.trajectory_steps, self.base.latent_shape())
-        which = torch.randint(len(visited), (count,), generator=generator)
-        return visited[which.to(visited.device)]
+        return visited[integers(len(visited), count, generator).to(visited.device)]
 
     def _told(self, thing: Tensor, generator: torch.Generator) -> Tensor:
         """Half of the rows hear the thing's own prompt, if it has one; the others one that all share."""
-        shared = torch.tensor(self.shared)[torch.randint(len(self.shared), thing.shape, generator=generator)]
+        shared = torch.tensor(self.shared)[integers(len(self.shared), len(thing), generator)]
         if not self.own:
             return shared
-        own = torch.rand(thing.shape, generator=generator) < 0.5
+        own = uniform(len(thing), generator) < 0.5
         return torch.where(own, torch.tensor(self.own)[thing], shared)
 
 

@@ -15,6 +15,7 @@ from geoedit.sliders.bases.base import Base
 from geoedit.sliders.bases.conditioning import Conditioning
 from geoedit.sliders.training.adapters import adapter_off, row_scales
 from geoedit.sliders.training.task import Batch, Task
+from geoedit.sliders.training.trajectories import integers
 
 if TYPE_CHECKING:
     from geoedit.sliders.training.settings import TrainSettings
@@ -69,7 +70,7 @@ class RegressionTask(Task):
         """Encode the prompts and make the first rows."""
         self.settings = settings
         self.conditioning = encoded(self.base, self.prompts)
-        self.kept = self._made(settings.cache * settings.trajectory_steps, generator)
+        self.kept = self._made(settings.cache * settings.kept, generator)
 
     def draw(self, step: int, generator: torch.Generator) -> Batch:
         """Couples drawn from those that are kept; some of these are made anew on schedule."""
@@ -79,7 +80,7 @@ class RegressionTask(Task):
             rows = torch.arange(len(fresh), len(self.kept), device=self.base.device)
             self.kept = Batch.concatenate([self.kept.rows(rows), fresh])
         count = max(1, self.batch_size // 2)
-        which = torch.randint(couples, (count,), generator=generator)
+        which = integers(couples, count, generator)
         rows = torch.stack([2 * which, 2 * which + 1], 1).flatten()
         return self.kept.rows(rows.to(self.base.device))
 
