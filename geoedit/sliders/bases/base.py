@@ -232,6 +232,7 @@ class Base(ABC):
         noise: Float[Tensor, "rows channels height width"],
         unconditional: Conditioning | None = None,
         keep: Sequence[int] = (),
+        stop: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A whole trajectory without gradients: clean latents, and the noisy ones before the steps in `keep`.
 
@@ -242,6 +243,7 @@ class Base(ABC):
             noise: of variance one; draw it with a generator.
             unconditional: see `guided`; usually ``base.unconditional()``.
             keep: indices of steps; the latents before step k are those at time ``schedule(steps)[k]``.
+            stop: end before this step, with noisy latents in the place of the clean ones.
 
         Returns:
             Clean latents (rows, channels, height, width); kept ones (rows, kept, channels, height, width).
@@ -249,14 +251,17 @@ class Base(ABC):
         Raises:
             EditError: a step to keep that is not there, or noise that is not finite.
         """
-        if any(not 0 <= index < steps for index in keep):
-            raise EditError(f"steps {list(keep)} are not all among 0 … {steps - 1}: nothing to keep there")
+        last = steps if stop is None else stop
+        if not 0 <= last <= steps:
+            raise EditError(f"stop is {stop}; a trajectory of {steps} steps ends before one of 0 … {steps}")
+        if any(not 0 <= index < last for index in keep):
+            raise EditError(f"steps {list(keep)} are not all among 0 … {last - 1}: nothing to keep there")
         if not bool(noise.isfinite().all()):
             raise EditError("the noise to start from has entries that are NaN or infinite")
         times = self.schedule(steps, noise.shape[1:])
         latents = self.noise_schedule.start(noise, steps, **self._timing(steps, noise.shape[1:]))
         before: dict[int, Tensor] = {}
-        for index in range(len(times)):
+        for index in range(last):
             if index in keep:
                 before[index] = latents
             now = times[index : index + 1].expand(len(latents))
@@ -277,8 +282,9 @@ class Base(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser computes: where its weights are, or where offloading moves them."""
+        placed = getattr(getattr(self.denoiser, "_hf_hook", None), "execution_device", None)
+        return next(self.denoiser.parameters()).device if placed is None else torch.device(placed)
 
     @property
     def dtype(self) -> torch.dtype:

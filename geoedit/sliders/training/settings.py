@@ -87,7 +87,7 @@ class TrainSettings:
     checkpointing: bool = False
     compile: bool = False
     published: bool = False
-    published_timestep: Literal["off", "own"] = "own"
+    published_timestep: Literal["off", "own"] = "off"
     project: bool = False
 
     def __post_init__(self) -> None:

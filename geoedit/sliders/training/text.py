@@ -59,13 +59,12 @@ class TextTask(Task):
         """Encode the prompts and fill the cache from trajectories of the base."""
         self.settings = settings
         self.contexts = self._choose(generator)
-        resolution = self.contexts[0].resolution
-        side = None if self.spec.published else resolution
+        side = resolved(self.base, self.contexts[0].resolution)
         self._shape = self.base.latent_shape(side, side)
         self.unrelated = list(self.spec.unrelated) or [""]
         said = [text for c in self.contexts for text in (c.target, c.neutral, c.positive, c.negative)]
         self.prompts = list(dict.fromkeys([*said, *self.unrelated]))
-        self.conditioning = _encode(self.base, self.prompts, side)
+        self.conditioning = encode_prompts(self.base, self.prompts, side)
         self._nothing = self.base.unconditional(1, height=side, width=side)
         number = {prompt: place for place, prompt in enumerate(self.prompts)}
         device = self.base.device
@@ -227,10 +226,18 @@ class TextTask(Task):
         return Batch(found)
 
 
-def _encode(base: Base, prompts: list[str], side: int | None, together: int = 64) -> Conditioning:
+def encode_prompts(
+    base: Base, prompts: list[str], side: int | None = None, together: int = 64
+) -> Conditioning:
     """Prompts encoded so many at a time."""
     parts = [prompts[start : start + together] for start in range(0, len(prompts), together)]
     return Conditioning.concatenate([base.encode(part, height=side, width=side) for part in parts])
+
+
+def resolved(base: Base, resolution: int | None) -> int | None:
+    """A spec's resolution in pixels, but no larger than what the pipeline draws; None for its own size."""
+    own = min(base.latent_shape()[1:]) * base.autoencoder.cell
+    return None if resolution is None or resolution >= own else resolution
 
 
 def _norm(output: Tensor) -> Tensor:
