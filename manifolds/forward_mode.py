@@ -12,11 +12,11 @@ from manifolds.errors import ManifoldError
 
 
 class WrittenOut(TorchFunctionMode):
-    """Runs layer norms and instance norms as written-out arithmetic.
+    """Runs layer norms, instance norms and SiLU as written-out arithmetic.
 
     PyTorch's formulas for the forward derivatives of `layer_norm` and of `instance_norm` are wrong when they
     are differentiated in turn (pytorch issue 196700, open as of torch 2.13); those of means, squares and
-    roots are right, and so is `group_norm`'s.
+    roots are right, and so is `group_norm`'s. The backward formula of `silu` has no forward derivative.
     """
 
     def __torch_function__(
@@ -24,6 +24,8 @@ class WrittenOut(TorchFunctionMode):
     ) -> Any:
         if func in (F.layer_norm, torch.layer_norm):
             return _layer_norm(*args, **(kwargs or {}))
+        if func is F.silu:
+            return _silu(*args, **(kwargs or {}))
         if func is F.instance_norm:
             return _instance_norm(*args, **(kwargs or {}))
         if func in (F.batch_norm, torch.batch_norm) and _training(*args, **(kwargs or {})):
@@ -32,6 +34,11 @@ class WrittenOut(TorchFunctionMode):
                 "call eval() on the network"
             )
         return func(*args, **(kwargs or {}))
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """x σ(x), never in place."""
+    return input * torch.sigmoid(input)
 
 
 def _layer_norm(
