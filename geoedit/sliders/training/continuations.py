@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geoedit.errors import EditError
+from geoedit.sliders.training.trajectories import uniform
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Speaker:
         for _ in range(count):
             shown = prompts.followed(drawn)
             odds = self._before(shown, shown.lengths[:, None])[:, 0].softmax(-1).cumsum(-1)
-            share = torch.rand(len(odds), 1, generator=generator).to(odds)
+            share = uniform(len(odds), generator)[:, None].to(odds)
             token = torch.searchsorted(odds, share * odds[:, -1:]).clamp_max(self.vocabulary - 1)
             drawn = torch.cat([drawn, token], 1)
         return drawn

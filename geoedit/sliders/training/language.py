@@ -16,6 +16,7 @@ from geoedit.sliders.training.adapters import adapter_off, row_scales
 from geoedit.sliders.training.continuations import Rows, Speaker
 from geoedit.sliders.training.settings import TrainSettings
 from geoedit.sliders.training.task import Batch, Task
+from geoedit.sliders.training.trajectories import integers, uniform
 
 PLAUSIBLE = 0.1
 """Share of the likeliest token's probability; tokens below it after every prompt are not moved."""
@@ -95,8 +96,8 @@ class LanguageTask(Task):
             self._refresh(generator)
         signs = 2 if settings.bipolar else 1
         rows = max(1, self.batch_size // signs)
-        entries = torch.randint(settings.cache, (rows,), generator=generator)
-        sizes = 1 - torch.rand(rows, generator=generator)
+        entries = integers(settings.cache, rows, generator)
+        sizes = 1 - uniform(rows, generator)
         scales = settings.scale_max * (torch.ones(rows) if settings.scale_law == "ends" else sizes)
         return Batch({"entry": entries.to(self.speaker.device), "scale": scales.to(self.speaker.device)})
 
@@ -148,7 +149,7 @@ class LanguageTask(Task):
         """Draw a part of the cache anew, some of it with the slider at work, into new tensors."""
         settings = self.settings
         count = min(settings.cache, max(1, round(settings.refresh_share * settings.cache)))
-        places = torch.randperm(settings.cache, generator=generator)[:count].to(self.speaker.device)
+        places = uniform(settings.cache, generator).argsort()[:count].to(self.speaker.device)
         context, drawn = self._draw_continuations(count, settings.on_policy, generator)
         self._cache = {
             "context": self._cache["context"].index_copy(0, places, context),
@@ -161,14 +162,14 @@ class LanguageTask(Task):
     ) -> tuple[Int[Tensor, " count"], Int[Tensor, "count tokens"]]:
         """Contexts, with their share of unrelated ones, and what follows each of them."""
         settings = self.settings
-        context = torch.randint(self.moved, (count,), generator=generator)
+        context = integers(self.moved, count, generator)
         if self.moved < len(self.contexts):
-            other = torch.randint(self.moved, len(self.contexts), (count,), generator=generator)
-            chosen = torch.rand(count, generator=generator) < settings.preserve_rows
+            other = self.moved + integers(len(self.contexts) - self.moved, count, generator)
+            chosen = uniform(count, generator) < settings.preserve_rows
             context = torch.where(chosen, other, context)
-        prompt = torch.randint(1, len(PROMPTS), (count,), generator=generator)
-        own = torch.rand(count, generator=generator) < on_policy
-        scale = settings.scale_max * (2 * torch.rand(count, generator=generator) - 1)
+        prompt = 1 + integers(len(PROMPTS) - 1, count, generator)
+        own = uniform(count, generator) < on_policy
+        scale = settings.scale_max * (2 * uniform(count, generator) - 1)
         prompt, scale = torch.where(own, 0, prompt), torch.where(own, scale, 0.0)
         at_work = (
             row_scales(self.model, scale.to(self.speaker.device)) if own.any() else adapter_off(self.model)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -62,7 +62,7 @@ class Progress:
         hidden = True if not first else None if show is None else not show
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=hidden)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(

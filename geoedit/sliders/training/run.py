@@ -272,6 +272,7 @@ class _Run:
     def _step(self, step: int) -> dict[str, float]:
         """One step: draw, gradients over all processes, clip, step."""
         settings, parameters = self.settings, self.adapters.parameters()
+        before = generator_states({"generator": self.generator}), self.task.state()
         with torch.no_grad():
             batch = self.task.draw(step, self.generator)
         losses = gradients(self._loss, batch, parameters, workers=self.workers, pieces=settings.accumulate)
@@ -289,7 +290,7 @@ class _Run:
                 parameters=parameters,
             )
         except EditError:
-            self._save(step)
+            self._save(step, *before)
             raise
         rate = self.rate * _share(settings, step, self.steps)
         for group in self.optimizer.param_groups:
@@ -344,15 +345,18 @@ class _Run:
         self.history = [dict(item) for item in found.history]
         return begin
 
-    def _save(self, done: int) -> None:
+    def _save(
+        self, done: int, drawn: dict[str, Tensor] | None = None, task: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write a checkpoint, with the states from before the draw of a step that failed, if given."""
         if self.output is None or not self.workers.first:
             return
         Checkpoint(
             step=done,
             adapter=self.adapters.state() | {f"average.{name}": t for name, t in self.average.items()},
             optimizer=self.optimizer.state_dict(),
-            generators=generator_states({"generator": self.generator}),
-            task=self.task.state(),
+            generators=drawn or generator_states({"generator": self.generator}),
+            task=self.task.state() if task is None else task,
             history=self.history,
             settings=self.asked,
         ).save(self.output)
