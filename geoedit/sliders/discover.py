@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,6 @@ from geoedit.sliders.training.direction import Direction, pool, trajectories
 from geoedit.sliders.training.regression import encoded
 from manifolds import Pullback
 
-Metric = Literal["output", "bottleneck"]
-
 
 @torch.no_grad()
 def discover(
@@ -29,7 +27,7 @@ def discover(
     *,
     prompts: Sequence[str] = ("",),
     count: int = 4,
-    metric: Metric = "output",
+    metric: str = "output",
     at: float = 0.4,
     samples: int = 16,
     steps: int = 20,

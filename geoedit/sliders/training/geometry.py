@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from geoedit.errors import EditError
 from geoedit.sliders.bases.base import Base
 from geoedit.sliders.bases.conditioning import Conditioning
-from manifolds import LearnedManifold, ManifoldError
+from geoedit.sliders.training.adapters import adapter_off
+from manifolds import ManifoldError
 from manifolds.optim import LowRankAdam
 
-OptimizerName = Literal["adamw", "low_rank_adam"]
 LEARNING_RATES: Mapping[str, float] = {"adamw": 2e-3, "low_rank_adam": 5e-3}
 """What each optimizer takes where the caller names no rate. Their units differ: see `make_optimizer`."""
 
@@ -28,7 +28,7 @@ TOGETHER = 64
 def make_optimizer(
     modules: Mapping[str, nn.Module],
     *,
-    optimizer: OptimizerName = "adamw",
+    optimizer: str = "adamw",
     learning_rate: float | None = None,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
@@ -53,8 +53,8 @@ def make_optimizer(
     Raises:
         EditError: an unknown name, a rate that is no number above 0, or no parameter that can be trained.
     """
-    if optimizer not in get_args(OptimizerName):
-        raise EditError(f"optimizer is {optimizer!r}; there are {', '.join(get_args(OptimizerName))}.")
+    if optimizer not in LEARNING_RATES:
+        raise EditError(f"optimizer is {optimizer!r}; there are {', '.join(LEARNING_RATES)}.")
     rate = LEARNING_RATES[optimizer] if learning_rate is None else learning_rate
     if not 0 < rate < float("inf"):
         raise EditError(f"the learning rate is {rate}; it is a finite number above 0.")
@@ -75,23 +75,6 @@ def make_optimizer(
         raise EditError(f"optimizer 'low_rank_adam' does not fit this adapter: {wrong}") from wrong
 
 
-class TangentMap(Protocol):
-    """Takes changes of clean latents to their part along the image manifold, row by row."""
-
-    def __call__(
-        self,
-        clean: Float[Tensor, "rows *shape"],
-        change: Float[Tensor, "rows *shape"],
-        conditioning: Conditioning,
-    ) -> Float[Tensor, "rows *shape"]:
-        """The tangent part of each row's change. Linear in the change.
-
-        A change of what a denoiser predicts (noise, velocity or clean latents) is a multiple of the change
-        of the clean latents that it means, one factor for a row. So the same map serves for all of them.
-        """
-        ...
-
-
 class DenoiserTangents:
     r"""The tangent spaces of the image manifold that a denoiser itself knows.
 
@@ -103,6 +86,9 @@ class DenoiserTangents:
     model's own errors, that matrix is the orthogonal projection onto the tangent space: one along it, zero
     across. No samples are needed, and no dimension. It is taken at the clean latents themselves, with noise
     neither added nor removed, by one forward-mode derivative.
+
+    A change of what a denoiser predicts (noise, velocity or clean latents) is a multiple of the change of the
+    clean latents that it means, one factor for a row; so the map, being linear, serves for all of them.
 
     Args:
         base: the pipeline.
@@ -152,45 +138,8 @@ class DenoiserTangents:
             return base.clean(latents, times, base.predict(latents, times, conditioning))
 
         # The fused attention kernels know no forward mode.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), adapter_off(base.denoiser), sdpa_kernel(SDPBackend.MATH):
             for _ in range(self.powers):
                 found: Any = jvp(denoised, (signal * clean,), ((signal * change).to(clean),))
                 change = found[1]
         return change
-
-
-class LearnedTangents:
-    """The tangent spaces of a manifold that was learned from clean latents (`manifolds.PointCloud`).
-
-    A row whose clean latents the samples say nothing about (`Projection.inside` is false) keeps its change.
-
-    Args:
-        manifold: of clean latents, flattened.
-    """
-
-    def __init__(self, manifold: LearnedManifold) -> None:
-        self.manifold = manifold
-
-    def __call__(
-        self,
-        clean: Float[Tensor, "rows *shape"],
-        change: Float[Tensor, "rows *shape"],
-        conditioning: Conditioning,
-    ) -> Float[Tensor, "rows *shape"]:
-        """The tangent part of each row's change; the conditioning does not matter.
-
-        Raises:
-            EditError: the manifold is one of vectors of another width.
-        """
-        flat = change.flatten(1)
-        if flat.shape[1] != self.manifold.width:
-            raise EditError(
-                f"latents have {flat.shape[1]} numbers, the manifold was learned from vectors of "
-                f"{self.manifold.width}; learn it from this pipeline's clean latents, flattened."
-            )
-        with torch.no_grad():
-            found = self.manifold.project(clean.flatten(1))
-            tangent = found.tangent.to(flat)
-            along = (tangent @ (tangent.mT @ flat[..., None]))[..., 0]
-            kept = torch.where(found.inside[:, None].to(flat.device), along, flat)
-        return kept.reshape(change.shape)

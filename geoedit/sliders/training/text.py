@@ -14,6 +14,7 @@ from geoedit.sliders.bases.base import Base
 from geoedit.sliders.bases.conditioning import Conditioning
 from geoedit.sliders.spec import Prompts, SliderSpec
 from geoedit.sliders.training.adapters import row_scales
+from geoedit.sliders.training.geometry import DenoiserTangents
 from geoedit.sliders.training.regression import loss_weights
 from geoedit.sliders.training.task import Batch, Task
 from geoedit.sliders.training.trajectories import frozen, integers, normal, uniform, visit
@@ -214,12 +215,16 @@ class TextTask(Task):
             rows[: wanted * len(context)],
             guidance=settings.trajectory_guidance,
         ).chunk(wanted)
+        difference = said[1] - said[2]
+        if settings.project:
+            told = self.conditioning.rows(rows[: len(context)])
+            difference = DenoiserTangents(base)(base.clean(latents, times, said[0]), difference, told)
         found = {
             "latents": latents,
             "times": times,
             "context": context,
             "neutral": said[0],
-            "difference": said[1] - said[2],
+            "difference": difference,
         }
         if wanted == 4:
             found |= {"stay": stay, "stayed": said[3]}
