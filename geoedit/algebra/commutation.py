@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from geoedit.algebra.terms import Operand, Term, as_edit_errors, common_names, read_terms
+from geoedit.algebra.terms import Term, as_edit_errors, common_names, read_terms
 from geoedit.edits.base import Edit
 from geoedit.errors import EditError
 from geoedit.sliders.slider import Scaled, Slider
@@ -99,8 +99,8 @@ def commutator(
     a: Edit, b: Edit, *, model: nn.Module | None = ..., inputs: Mapping[str, Any] | None = ...
 ) -> EditCommutator: ...
 def commutator(
-    a: Operand | Edit,
-    b: Operand | Edit,
+    a: Any,
+    b: Any,
     *,
     model: nn.Module | None = None,
     inputs: Mapping[str, Any] | None = None,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 from torch import Tensor
 
 from geoedit.algebra.orthogonal import orthogonalised
-from geoedit.algebra.terms import Operand, Term, as_edit_errors, check_rank, read_terms, rebuilt
+from geoedit.algebra.terms import Term, as_edit_errors, check_rank, read_terms, rebuilt
 from geoedit.errors import EditError
 from geoedit.sliders.slider import Scaled, Slider
 from manifolds import LowRank
@@ -31,9 +31,9 @@ def compose(
     operands: Sequence[WeightUpdate], *, method: Method = ..., rank: int | None = ..., name: str | None = ...
 ) -> WeightUpdate: ...
 def compose(
-    operands: Sequence[Operand],
+    operands: Any,
     *,
-    method: Method = "exact",
+    method: str = "exact",
     rank: int | None = None,
     name: str | None = None,
 ) -> Slider | WeightUpdate:
@@ -94,7 +94,7 @@ def compose(
 def difference(one: Slider | Scaled, other: Slider | Scaled) -> Slider: ...
 @overload
 def difference(one: WeightUpdate, other: WeightUpdate) -> WeightUpdate: ...
-def difference(one: Operand, other: Operand) -> Slider | WeightUpdate:
+def difference(one: Any, other: Any) -> Slider | WeightUpdate:
     """What one slider changes and the other does not: one − other, exact.
 
     Raises:
@@ -113,8 +113,8 @@ def difference(one: Operand, other: Operand) -> Slider | WeightUpdate:
 def inverse(operand: Slider | Scaled) -> Slider: ...
 @overload
 def inverse(operand: WeightUpdate) -> WeightUpdate: ...
-def inverse(operand: Operand) -> Slider | WeightUpdate:
-    """What undoes a slider or an update: composed with it, the sum is zero to the bit.
+def inverse(operand: Any) -> Slider | WeightUpdate:
+    """What undoes a slider or an update: composed with it, the sum is zero but for rounding.
 
     Raises:
         EditError: the operand is none, or its scale is not finite.
@@ -144,10 +144,10 @@ def average(
     rank: int | None = ...,
 ) -> WeightUpdate: ...
 def average(
-    operands: Sequence[Operand],
+    operands: Any,
     weights: Sequence[float | int] | None = None,
     *,
-    method: Literal["karcher", "arithmetic"] = "karcher",
+    method: str = "karcher",
     rank: int | None = None,
 ) -> Slider | WeightUpdate:
     """The mean of sliders or updates, module by module.

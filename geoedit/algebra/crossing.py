@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from geoedit.algebra.composition import one_name
 from geoedit.algebra.terms import (
-    Operand,
     as_edit_errors,
     check_rank,
     common_names,
@@ -34,9 +33,7 @@ def cross(
 def cross(
     a: WeightUpdate, b: WeightUpdate, *, gauge: Gauge = ..., rank: int | None = ...
 ) -> WeightUpdate: ...
-def cross(
-    a: Operand, b: Operand, *, gauge: Gauge = "nearest", rank: int | None = None
-) -> Slider | WeightUpdate:
+def cross(a: Any, b: Any, *, gauge: str = "nearest", rank: int | None = None) -> Slider | WeightUpdate:
     r"""The left factors of one slider with the right factors of another: writes as a, where b looks.
 
     A change \(\Delta = L R\) has many factors, \(L Q\) and \(Q^{-1} R\) for every invertible Q, and a product
@@ -96,7 +93,7 @@ def cross(
 
 
 def crossed(
-    a: LowRank, b: LowRank, *, gauge: Gauge = "nearest", rank: int | None = None, where: str = "the module"
+    a: LowRank, b: LowRank, *, gauge: str = "nearest", rank: int | None = None, where: str = "the module"
 ) -> LowRank:
     """The left factors of one matrix with the right factors of another; see `cross`.
 

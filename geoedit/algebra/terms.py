@@ -42,7 +42,7 @@ class Term:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, operand: Operand) -> Term:
+    def of(cls, operand: Any) -> Term:
         """Read an operand.
 
         Raises:
@@ -88,7 +88,7 @@ class Term:
         return f"{self.name} @ {self.scale:g}"
 
 
-def read_terms(operands: Sequence[Operand], what: str, *, least: int = 1) -> list[Term]:
+def read_terms(operands: Any, what: str, *, least: int = 1) -> list[Term]:
     """Read operands of one kind and one base.
 
     Raises:
