@@ -76,7 +76,7 @@ def measure(images: Float[Tensor, "n 3 size size"]) -> Measured:
     >>> torch.allclose(measure(render(parameters, kinds)).parameters, parameters, rtol=1e-3)
     True
     """
-    _check(images)
+    check_images(images)
     if not len(images):
         nothing = images.new_zeros(0)
         none = torch.zeros(0, dtype=torch.long, device=images.device)
@@ -102,7 +102,12 @@ shapes_measure = ShapesMeasure()
 """The measure of the shapes pipelines."""
 
 
-def _check(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of square colour images with pixels from 0 to 1.
+
+    Raises:
+        EditError: it is none.
+    """
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or images.shape[2] < 8:
         raise EditError(
             f"to be measured, images have the shape (n, 3, size, size) with a size of 8 or more, not "
