@@ -249,7 +249,7 @@ class _Branch:
         return output + self._convolved(inputs, left, right, owners)
 
     def _convolved(self, inputs: Tensor, left: Tensor, right: Tensor, owners: Tensor) -> Tensor:
-        """The same for a convolution: its own kernel, then one of 1; the groups share the rows of the factors."""
+        """The same for a convolution: its own kernel, then one of 1; groups share the factors."""
         conv: Any = self.inner
         groups, kernel = conv.groups, conv.kernel_size
         ones = (1,) * len(kernel)
@@ -265,8 +265,8 @@ class _Branch:
         factors = self.part.factors
         if factors is None:
             raise EditError(
-                f"{self.path} ran on its own; with a scale for each sample or time, call the "
-                f"whole {self.part.name}"
+                f"{self.path} ran on its own; with scales for each sample or time, call all of the "
+                f"{self.part.name}"
             )
         if factors.ndim == 2 and factors.shape[0] != inner.shape[0]:
             raise EditError(

@@ -19,6 +19,8 @@ RELATED = 0.5
 """Least cosine of the weights sampled from a component and from what the slider was trained on. A fine-tune
 keeps its weights close to its origin's, with a cosine of nearly 1; models trained apart have one near 0."""
 COMPONENTS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT = "text_model."
+"""The level inside CLIP's text encoders that some releases of transformers have and others lack."""
 LISTED = 5
 
 
@@ -77,13 +79,14 @@ def fitting(slider: Slider, pipe: Any, *, allow_other_base: bool = False) -> lis
             wrong.append(f"it has no {name}")
             continue
         modules = dict(part.named_modules())
-        absent = [path for path in changes if path not in modules]
+        absent = [path for path in changes if _known(path, modules) is None]
         if absent:
             wrong.append(f"its {name} has no module {_listed(absent)}")
         for path, change in changes.items():
-            if path in modules:
-                inner = unwrapped(modules[path])
-                places.append(Place(name, path, inner, modules[path], change))
+            known = _known(path, modules)
+            if known is not None:
+                inner = unwrapped(modules[known])
+                places.append(Place(name, known, inner, modules[known], change))
                 problem = _misfit(inner, change)
                 if problem:
                     wrong.append(f"{name}.{path} {problem}")
@@ -138,6 +141,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def _known(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The path that a model has for a path of a slider, whatever release of transformers either is of."""
+    return next((one for one in (path, path.removeprefix(TEXT), f"{TEXT}{path}") if one in modules), None)
+
+
 def _misfit(module: nn.Module, change: ModuleChange) -> str | None:
     shape = weight_shape(module)
     if shape is None:
@@ -160,9 +168,9 @@ def _check_origin(slider: Slider, pipe: Any) -> None:
         cosine = _cosine(Fingerprint.from_dict(kept).samples, fingerprint(part).samples) if part else None
         if cosine is not None and cosine < RELATED:
             raise EditError(
-                f"slider {slider.name!r} was trained on another {name}: shapes agree, but the weights of "
-                f"this one have cosine {cosine:.2f} with those (a fine-tune has nearly 1). Load its base, or give "
-                "allow_other_base=True"
+                f"slider {slider.name!r} was trained on another {name}: shapes agree, but the "
+                f"weights of this one have cosine {cosine:.2f} with those (a fine-tune has nearly 1). Load "
+                "its base, or give allow_other_base=True"
             )
 
 

@@ -124,7 +124,7 @@ class Slider:
         return Scaled(self, float(scale))
 
     def factor(self, scale: float | int | Tensor) -> float | Tensor:
-        """What multiplies the changes at a scale (or at each of a tensor); itself if there is no calibration."""
+        """What multiplies the changes at a scale, or at each of a tensor; the scale, if not calibrated."""
         if isinstance(scale, Tensor):
             return scale if self.calibration is None else self.calibration.factor(scale)
         return float(scale) if self.calibration is None else self.calibration.factor(float(scale))
