@@ -42,6 +42,10 @@ class ImagePairs:
     def __post_init__(self) -> None:
         if not self.images.numel() or len(self.levels) < 2:
             raise EditError(f"{len(self.images)} things at {len(self.levels)} levels: give 1 at 2 or more.")
+        if self.images.shape[1] != len(self.levels):
+            raise EditError(
+                f"{self.images.shape[1]} pictures of each thing for {len(self.levels)} levels: give one a level."
+            )
         if not bool((self.levels.diff() > 0).all()):
             raise EditError(f"the levels {self.levels.tolist()} do not rise: two are equal, or out of order.")
         if (
@@ -100,6 +104,16 @@ class ImagePairs:
         images = torch.stack([torch.stack([_fitted(image, fitted) for image in row]) for row in read])
         prompts = tuple(_said(name, [levels[n] for n in order]) for name in names)
         return cls(images, torch.tensor(order), prompts if any(prompts) else ())
+
+
+def read_pairs(source: ImagePairs | str | PathLike[str], base: Base) -> ImagePairs:
+    """Pairs as they are, or from a folder, brought to the size that a pipeline draws."""
+    if isinstance(source, ImagePairs):
+        return source
+    _, height, width = base.latent_shape()
+    return ImagePairs.from_folder(
+        source, size=(height * base.autoencoder.cell, width * base.autoencoder.cell)
+    )
 
 
 def shapes_pairs(
@@ -249,9 +263,10 @@ def output_of_shift(base: Base, times: Float[Tensor, " rows"]) -> Float[Tensor, 
 
 def _number(name: str) -> float | None:
     try:
-        return float(name)
+        number = float(name)
     except ValueError:
         return None
+    return number if number - number == 0 else None
 
 
 def _read(path: Path) -> Float[Tensor, "3 height width"]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from geoedit.errors import EditError
 from geoedit.sliders.bases import Base, base_of
+from geoedit.sliders.card import model_name, write_card
 from geoedit.sliders.fit import describe_base
 from geoedit.sliders.slider import Slider
 from geoedit.sliders.spec import SliderSpec
@@ -134,11 +137,12 @@ def make_task(
             raise EditError(f"a slider of a {type(pipe).__name__} needs its tokenizer: pass tokenizer=…")
         return LanguageTask(pipe, tokenizer, replace(spec, kind="language"), batch_size=batch_size)
     base = base_of(pipe)
-    prompts = tuple(spec.unrelated) or (spec.target or "",)
+    # Guidance has two halves, and a slider that is in one of them only is multiplied by it.
+    prompts = tuple(dict.fromkeys([*([spec.target] if spec.target else []), *spec.unrelated, ""]))
     if spec.kind == "pairs":
-        from geoedit.sliders.training.pairs import ImagePairs, PairTask
+        from geoedit.sliders.training.pairs import PairTask, read_pairs
 
-        pairs = spec.pairs if isinstance(spec.pairs, ImagePairs) else ImagePairs.from_folder(spec.pairs)
+        pairs = read_pairs(spec.pairs, base)
         return PairTask(base, pairs, prompts=prompts, batch_size=batch_size, name=spec.name)
     if spec.kind == "direction":
         from geoedit.sliders.training.direction import DirectionTask
@@ -221,18 +225,35 @@ class _Run:
                 if settings.compile:
                     stack.enter_context(_compiled(module))
             self._train()
+            writes = self.output is not None and self.workers.first
+            sheet = self._sheet() if writes and self.watch.card and self._sample_prompts() else None
             slider = Slider(
                 self.spec.name,
                 self.adapters.changes(),
                 details={
                     "spec": self._spec(),
                     "settings": settings.to_dict() | {"steps": self.steps, "batch_size": self.batch_size},
+                    "training": self._losses(),
                     "base": description,
+                    **({"model": name} if (name := model_name(self.pipe)) else {}),
                 },
             )
-        if self.output is not None and self.workers.first:
-            slider.save(f"{self.output}/{self.spec.name}.safetensors", format="diffusers")
+        if writes:
+            file = Path(str(self.output), f"{self.spec.name}.safetensors")
+            slider.save(file, format="diffusers")
+            if self.watch.card:
+                scales = () if sheet is None else self.watch.sample_scales
+                write_card(slider, file, strip=sheet, scales=scales)
         return slider
+
+    def _losses(self) -> dict[str, float]:
+        """The mean loss over the first and over the last tenth of the run."""
+        losses = [entry["loss"] for entry in self.history]
+        few = max(1, len(losses) // 10)
+        return {
+            "loss at first": statistics.fmean(losses[:few]),
+            "loss at last": statistics.fmean(losses[-few:]),
+        }
 
     def _train(self) -> None:
         settings = self.settings
@@ -370,13 +391,26 @@ class _Run:
                 named[name] = type(value).__name__
         return replace(self.spec, **named).to_dict()  # type: ignore[arg-type]
 
+    def _sample_prompts(self) -> tuple[str, ...]:
+        """The rows of a sheet; none for a language model, and where neither spec nor task has prompts."""
+        if not isinstance(getattr(self.task, "base", None), Base):
+            return ()
+        said = self.watch.sample_prompts or (
+            tuple(prompts.target for prompts in self.spec.contexts())
+            if self.spec.kind in ("text", "language")
+            else tuple(getattr(self.task, "prompts", ()))
+        )
+        return tuple(dict.fromkeys(said))[:4]
+
     @torch.no_grad()
     def _sheet(self) -> Tensor:
         """Sample images with the adapter as it is: a row for each prompt, a column for each scale."""
+        prompts = self._sample_prompts()
+        if not prompts:
+            raise EditError(
+                "sample images: nothing tells what to draw; give sample_prompts, or sample_every=0"
+            )
         base: Base = self.task.base  # type: ignore[attr-defined]
-        prompts = (
-            self.watch.sample_prompts or tuple(dict.fromkeys(c.target for c in self.spec.contexts()))[:4]
-        )
         scales = torch.tensor(self.watch.sample_scales, device=base.device)
         own = torch.Generator().manual_seed(0)
         shape = base.latent_shape()
