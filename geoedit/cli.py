@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from geoedit.errors import EditError
+from geoedit.slider_commands import app as sliders
 from geoedit.terminal import AsJson, Device, Quiet, writable
 from geoedit.terminal import run as run_command
 from geoedit.update_commands import app as updates
@@ -37,6 +38,7 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16, float16 or float64. Default: as stored; built-in: float32."),
 ]
 app.add_typer(updates)
+app.add_typer(sliders, name="slider")
 
 
 @app.command()

@@ -47,7 +47,7 @@ def load_model(
         EditError: no such folder, a folder without a model or a tokenizer, weights that are not safetensors,
             a hub id that can't be reached, a device that is not there.
     """
-    _check_device(device)
+    check_device(device)
     from geoedit.testbeds import TESTBEDS, load
 
     text = str(name)
@@ -148,7 +148,12 @@ def _loader(config: Any) -> Any:
     return AutoModelForCausalLM if causal else AutoModel
 
 
-def _check_device(device: torch.device | str) -> None:
+def check_device(device: torch.device | str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        EditError: nothing can be put on it.
+    """
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

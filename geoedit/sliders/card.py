@@ -127,6 +127,16 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
+def model_name(pipe: Any) -> str | None:
+    """What a pipeline or a model was loaded from: a hub id, or the last part of a folder's path."""
+    config = getattr(pipe, "config", None)
+    kept = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "__dict__") else {}
+    found = kept.get("_name_or_path")
+    if not isinstance(found, str) or not found.strip():
+        return None
+    return Path(found).name if Path(found).is_dir() else found
+
+
 def _header(slider: Slider, model: str | None) -> dict[str, Any]:
     language = _is_language(slider)
     header: dict[str, Any] = {}

@@ -20,12 +20,13 @@ from geoedit.sliders.card import model_name, write_card
 from geoedit.sliders.fit import describe_base
 from geoedit.sliders.slider import Slider
 from geoedit.sliders.spec import SliderSpec
-from geoedit.sliders.training.adapters import ADAPTER, Adapters, checkpointing, row_scales
+from geoedit.sliders.training.adapters import ADAPTER, Adapters, checkpointing
 from geoedit.sliders.training.checkpoint import Checkpoint, generator_states, set_generator_states
 from geoedit.sliders.training.geometry import LEARNING_RATES, make_optimizer
 from geoedit.sliders.training.processes import Workers, check_losses, gradients
 from geoedit.sliders.training.progress import Progress
 from geoedit.sliders.training.settings import TrainSettings
+from geoedit.sliders.training.sheets import sample_prompts, sheet
 from geoedit.sliders.training.targets import target_paths
 from geoedit.sliders.training.task import Task
 
@@ -72,7 +73,7 @@ def train(
     """Teach a slider to a pipeline, or to a language model.
 
     The pipeline is left as it was. With an output folder the run writes checkpoints there; called again with
-    the same arguments it goes on from the last one, and ends with the same bits as a run that was not stopped.
+    the same arguments it goes on from the last one, and ends with the bits of a run that was not stopped.
 
     Args:
         pipe: a diffusers pipeline, its `Base`, or a causal language model.
@@ -226,7 +227,7 @@ class _Run:
                     stack.enter_context(_compiled(module))
             self._train()
             writes = self.output is not None and self.workers.first
-            sheet = self._sheet() if writes and self.watch.card and self._sample_prompts() else None
+            drawn = self._sheet() if writes and self.watch.card and self._rows else None
             slider = Slider(
                 self.spec.name,
                 self.adapters.changes(),
@@ -242,9 +243,17 @@ class _Run:
             file = Path(str(self.output), f"{self.spec.name}.safetensors")
             slider.save(file, format="diffusers")
             if self.watch.card:
-                scales = () if sheet is None else self.watch.sample_scales
-                write_card(slider, file, strip=sheet, scales=scales)
+                write_card(
+                    slider, file, strip=drawn, scales=() if drawn is None else self.watch.sample_scales
+                )
         return slider
+
+    @property
+    def _rows(self) -> tuple[str, ...]:
+        return sample_prompts(self.task, self.spec, self.watch.sample_prompts)
+
+    def _sheet(self) -> Tensor:
+        return sheet(self.task, self._rows, self.watch.sample_scales, self.settings)
 
     def _losses(self) -> dict[str, float]:
         """The mean loss over the first and over the last tenth of the run."""
@@ -390,44 +399,6 @@ class _Run:
             if value is not None and not isinstance(value, (str, Mapping)):
                 named[name] = type(value).__name__
         return replace(self.spec, **named).to_dict()  # type: ignore[arg-type]
-
-    def _sample_prompts(self) -> tuple[str, ...]:
-        """The rows of a sheet; none for a language model, and where neither spec nor task has prompts."""
-        if not isinstance(getattr(self.task, "base", None), Base):
-            return ()
-        said = self.watch.sample_prompts or (
-            tuple(prompts.target for prompts in self.spec.contexts())
-            if self.spec.kind in ("text", "language")
-            else tuple(getattr(self.task, "prompts", ()))
-        )
-        return tuple(dict.fromkeys(said))[:4]
-
-    @torch.no_grad()
-    def _sheet(self) -> Tensor:
-        """Sample images with the adapter as it is: a row for each prompt, a column for each scale."""
-        prompts = self._sample_prompts()
-        if not prompts:
-            raise EditError(
-                "sample images: nothing tells what to draw; give sample_prompts, or sample_every=0"
-            )
-        base: Base = self.task.base  # type: ignore[attr-defined]
-        scales = torch.tensor(self.watch.sample_scales, device=base.device)
-        own = torch.Generator().manual_seed(0)
-        shape = base.latent_shape()
-        noise = torch.randn(len(prompts), *shape, generator=own).to(base.device, base.dtype)
-        rows = len(prompts) * len(scales)
-        with row_scales(base.denoiser, scales.repeat(len(prompts))):
-            latents, _ = base.sample(
-                base.encode(list(prompts)).rows(
-                    torch.arange(len(prompts), device=base.device).repeat_interleave(len(scales))
-                ),
-                steps=self.settings.trajectory_steps,
-                guidance=self.settings.trajectory_guidance,
-                noise=noise.repeat_interleave(len(scales), 0),
-                unconditional=None if base.guidance_distilled else base.unconditional(rows),
-            )
-        images = base.decode(latents).clamp(0, 1)
-        return images.unflatten(0, (len(prompts), len(scales)))
 
 
 def _share(settings: TrainSettings, step: int, steps: int) -> float:
