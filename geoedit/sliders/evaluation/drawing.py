@@ -106,6 +106,7 @@ class Painter:
         }
         self.progress = progress
         self._encoded: dict[str, Conditioning] = {}
+        self._unsteered: dict[tuple[str, int], Tensor] = {}
         self._keys: dict[str, str] = {}
         if cache is not None:
             cache.mkdir(parents=True, exist_ok=True)
@@ -120,17 +121,14 @@ class Painter:
         """
         if not rows:
             raise EditError("there are no images to draw: no prompts, seeds or scales")
-        found: dict[int, Tensor] = {}
-        if self.cache is not None:
-            found = {index: image for index, row in enumerate(rows) if (image := self._kept(row)) is not None}
-            self._tell(len(found))
+        found = {index: image for index, row in enumerate(rows) if (image := self._kept(row)) is not None}
+        self._tell(len(found))
         missing = [index for index in range(len(rows)) if index not in found]
         for batch in self._batches(rows, missing):
             images = self._draw([rows[index] for index in batch])
             for index, image in zip(batch, images, strict=True):
                 found[index] = image
-                if self.cache is not None:
-                    write_whole(self._place(rows[index]), png(image))
+                self._keep(rows[index], image)
             self._tell(len(batch))
         return torch.stack([found[index] for index in range(len(rows))])
 
@@ -157,26 +155,40 @@ class Painter:
 
     @torch.no_grad()
     def _draw(self, rows: Sequence[Row]) -> UInt8[Tensor, "rows 3 height width"]:
-        base, how = self.base, self.how
         labels = [label for label in self.sliders if any(row.scales.get(label, 0) != 0 for row in rows)]
-        terms = []
+        terms: list[tuple[str, Any]] = []
         for label in labels:
             scales = [float(row.scales.get(label, 0)) for row in rows]
-            terms.append((self._plain[label], scales[0] if len(set(scales)) == 1 else torch.tensor(scales)))
+            terms.append((label, scales[0] if len(set(scales)) == 1 else torch.tensor(scales)))
+        latents = self.latents([(row.prompt, row.seed) for row in rows], terms)
+        return self._rounded(self.base.decode(latents), rows)
+
+    def latents(
+        self, rows: Sequence[tuple[str, int]], scaled: Sequence[tuple[str, Any]]
+    ) -> Float[Tensor, "rows *shape"]:
+        """Clean latents of prompts and seeds with sliders at scales, which may carry derivatives.
+
+        Args:
+            rows: prompt and seed of each image.
+            scaled: labels and scales: a number, or a tensor (rows,).
+        """
+        base, how = self.base, self.how
+        labels = [label for label, _ in scaled]
+        terms = [(self._plain[label], scale) for label, scale in scaled]
         window = {"start": how.start, "stop": how.stop}
         with together(base.pipe, terms, **window) if terms else contextlib.nullcontext():
             fresh = self._moves_words(labels)
-            prompts = [row.prompt for row in rows]
+            prompts = [prompt for prompt, _ in rows]
             words = base.encode(prompts) if fresh else self._encode(prompts)
             guided = how.guidance != 1 and not base.guidance_distilled
             latents, _ = base.sample(
                 words,
                 steps=how.steps,
                 guidance=how.guidance,
-                noise=noise(base, [row.seed for row in rows]),
+                noise=noise(base, [seed for _, seed in rows]),
                 unconditional=base.unconditional(len(rows)) if guided else None,
             )
-        return self._rounded(base.decode(latents), rows)
+        return latents
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
@@ -199,15 +211,24 @@ class Painter:
 
     # Pictures that are kept
 
-    def _place(self, row: Row) -> Path:
-        assert self.cache is not None
+    def _place(self, row: Row, folder: Path) -> Path:
         at_work = {self._keys[name]: scale for name, scale in sorted(row.scales.items()) if scale != 0}
         how = [self.how.steps, self.how.guidance, *([self.how.start, self.how.stop] if at_work else [])]
         told = json.dumps([self._model, how, row.prompt, row.seed, sorted(at_work.items())])
-        return self.cache / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.png"
+        return folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.png"
+
+    def _keep(self, row: Row, image: Tensor) -> None:
+        if not any(row.scales.values()):
+            self._unsteered[row.prompt, row.seed] = image
+        if self.cache is not None:
+            write_whole(self._place(row, self.cache), png(image))
 
     def _kept(self, row: Row) -> Tensor | None:
-        place = self._place(row)
+        if not any(row.scales.values()) and (row.prompt, row.seed) in self._unsteered:
+            return self._unsteered[row.prompt, row.seed]
+        if self.cache is None:
+            return None
+        place = self._place(row, self.cache)
         if not place.is_file():
             return None
         try:

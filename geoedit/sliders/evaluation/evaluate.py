@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from geoedit.errors import EditError
@@ -15,19 +14,16 @@ from geoedit.sliders.bases import base_of
 from geoedit.sliders.evaluation import claims
 from geoedit.sliders.evaluation.claims import Claim
 from geoedit.sliders.evaluation.curves import check_scales
-from geoedit.sliders.evaluation.drawing import How, Painter, Row, default_guidance, pixels
-from geoedit.sliders.evaluation.measures import Measure, draws_shapes, instrument
+from geoedit.sliders.evaluation.measures import Measure, draws_shapes
 from geoedit.sliders.evaluation.pictures import strips
+from geoedit.sliders.evaluation.prepare import prepare, refuse_unknown
 from geoedit.sliders.evaluation.result import Evaluation
 from geoedit.sliders.evaluation.table import largest_effect
-from geoedit.sliders.evaluation.work import Work, check_names
+from geoedit.sliders.evaluation.work import Distance, Series, Work
 from geoedit.sliders.slider import Scaled, Slider
+from geoedit.testbeds.shapes.encoder import FeatureDistance
 
 SCALES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-REFERENCE = 32
-"""Unsteered images that natural standard deviations are taken from, where the measure has none."""
-
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate(
@@ -90,34 +86,29 @@ def evaluate(
         EditError: no sliders, prompts or seeds; scales that do not rise or lack 0; an attribute that is not
             measured; a slider of another base; images that are not finite.
     """
-    base = base_of(pipe)
-    known = labelled(sliders)
     steep = [float(scale) for scale in scales]
     check_scales(np.array(steep))
-    shapes = draws_shapes(base.pipe)
-    texts = prompts_of(prompts, known, shapes=shapes)
-    numbers = seeds_of(seeds)
-    how = How(
-        steps,
-        float(default_guidance(base.pipe) if guidance is None else guidance),
-        float(start),
-        float(stop),
-        batch_size,
+    work, own = prepare(
+        pipe,
+        sliders,
+        prompts=prompts,
+        seeds=seeds,
+        measure=measure,
+        attributes=attributes,
+        distance=distance or _own_distance(pipe),
+        steps=steps,
+        guidance=guidance,
+        start=start,
+        stop=stop,
+        batch_size=batch_size,
+        cache=cache,
     )
+    painter, tool, known = work.painter, work.tool, work.painter.sliders
     members = _members(compositions, known)
-    for name, given in (("attributes", attributes), ("words", words)):
-        _refuse_unknown(name, given, known)
-    painter = Painter(base, known, how, cache=None if cache is None else Path(cache))
-    tool = instrument(measure, base.pipe, lambda: _reference(painter, texts, numbers))
-    check_names(tool)
-    work = Work(painter, tool, distance, texts, numbers)
-    given = attributes or {}
-    own = {
-        label: claims.claim(label, slider, tool.attributes, given.get(label), shapes=shapes)
-        for label, slider in known.items()
-    }
+    refuse_unknown("words", words, known)
+    shapes = draws_shapes(painter.base.pipe)
     ends = {
-        label: claims.prompting(label, slider, own[label], words or {}, shapes=shapes)
+        label: claims.prompting(label, slider, own.get(label), words or {}, shapes=shapes)
         for label, slider in known.items()
         if prompting
     }
@@ -130,12 +121,13 @@ def evaluate(
             series.append(work.sweep(label, steep))
             if label in written:
                 series.append(work.worded(label, written[label]))
-        found = {label: claim for label, claim in own.items() if claim is not None}
+        found = dict(own)
         for one in series:
             if one.method == "slider" and one.label not in found:
                 found[one.label] = largest_effect(one.block(tool.natural_sd).within(*within))
         together = [row for number, terms in enumerate(members) for row in work.compose(number, terms, found)]
-        ranges = {label: _ranges(work, label, found[label]) for label in known} if safe_range else {}
+        swept = {one.label: one for one in series if one.method == "slider"}
+        ranges = {label: _ranges(work, swept[label], found[label]) for label in known} if safe_range else {}
     notes = [f"One natural standard deviation of each attribute is {tool.source}."]
     notes += [
         f"{label}: nothing tells which words ask for the same, so that prompting is not measured."
@@ -152,72 +144,22 @@ def evaluate(
         pictures=tuple(strips(one) for one in series),
         notes=tuple(notes),
         settings={
-            "pipeline": type(base.pipe).__name__,
-            "prompts": list(texts),
-            "seeds": list(numbers),
+            "pipeline": type(painter.base.pipe).__name__,
+            "prompts": list(work.prompts),
+            "seeds": list(work.seeds),
             "scales": steep,
-            "steps": steps,
-            "guidance": how.guidance,
-            "start": how.start,
-            "stop": how.stop,
+            "steps": painter.how.steps,
+            "guidance": painter.how.guidance,
+            "start": painter.how.start,
+            "stop": painter.how.stop,
         },
     )
 
 
-def labelled(sliders: Slider | Sequence[Slider] | Mapping[str, Slider]) -> dict[str, Slider]:
-    """Sliders by label: a mapping's keys, else their names; a name that comes again is numbered.
-
-    Raises:
-        EditError: there are none, or something is no slider.
-    """
-    if isinstance(sliders, Slider):
-        sliders = [sliders]
-    if isinstance(sliders, Mapping):
-        found = {str(label): slider for label, slider in sliders.items()}
-    else:
-        found = {}
-        for slider in sliders:
-            name = str(getattr(slider, "name", slider))
-            label, number = name, 1
-            while label in found:
-                number += 1
-                label = f"{name} ({number})"
-            found[label] = slider
-    wrong = [type(slider).__name__ for slider in found.values() if not isinstance(slider, Slider)]
-    if wrong or not found:
-        raise EditError(f"evaluate takes one or more sliders, not {wrong[0] if wrong else 'none'}")
-    return found
-
-
-def seeds_of(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    """Seeds without repeats; a number n stands for 0 … n − 1.
-
-    Raises:
-        EditError: there are none, or one is no whole number from 0.
-    """
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        seeds = range(seeds)
-    found = tuple(dict.fromkeys(seeds)) if isinstance(seeds, Sequence) else ()
-    if not found or any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in found):
-        raise EditError(f"seeds are one or more whole numbers from 0, not {seeds!r}")
-    return found
-
-
-def prompts_of(
-    prompts: str | Sequence[str] | None, sliders: Mapping[str, Slider], *, shapes: bool
-) -> tuple[str, ...]:
-    """Prompts without repeats; see `evaluate` for what None means.
-
-    Raises:
-        EditError: there are none, or one is no text.
-    """
-    if prompts is None:
-        targets = [claims.spec_of(slider).get("target") for slider in sliders.values()]
-        prompts = claims.NEUTRAL if shapes else [text for text in targets if isinstance(text, str) and text]
-    found = (prompts,) if isinstance(prompts, str) else tuple(dict.fromkeys(prompts))
-    if not found or not all(isinstance(prompt, str) for prompt in found):
-        raise EditError(f"prompts are one or more texts, not {prompts!r}; give prompts=[...]")
-    return found
+def _own_distance(pipe: Any) -> Distance | None:
+    """Of features of the pipeline's own autoencoder; None for a pipeline without one."""
+    autoencoder = getattr(base_of(pipe).pipe, "vae", None)
+    return None if autoencoder is None else FeatureDistance(autoencoder)
 
 
 def _members(
@@ -239,25 +181,11 @@ def _members(
     return found
 
 
-def _refuse_unknown(name: str, given: Mapping[str, Any] | None, known: Mapping[str, Slider]) -> None:
-    unknown = [label for label in given or {} if label not in known]
-    if unknown:
-        raise EditError(f"{name} names {unknown[0]!r}, and the sliders are {', '.join(known)}")
-
-
-def _reference(painter: Painter, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Unsteered images: the evaluation's own, and more seeds until there are enough."""
-    count = max(len(seeds), -(-REFERENCE // len(prompts)))
-    more = range(max(seeds) + 1, max(seeds) + 1 + count - len(seeds))
-    rows = [Row(prompt, seed, {}) for seed in (*seeds, *more) for prompt in prompts]
-    return pixels(painter.draw(rows)).to(painter.base.device)
-
-
-def _ranges(work: Work, label: str, own: Claim) -> dict[str, Any]:
+def _ranges(work: Work, swept: Series, own: Claim) -> dict[str, Any]:
     """The safe range of one slider as it is predicted, and as a sweep finds it."""
     from geoedit.sliders.safe import observe, predict  # which stands on this package
 
     return {
-        "predicted": predict(work, label, own).to_dict(),
-        "observed": observe(work, label, own).to_dict(),
+        "predicted": predict(work, swept.label, own).to_dict(),
+        "observed": observe(work, swept.label, own, swept).to_dict(),
     }

@@ -68,12 +68,14 @@ class Block:
     Attributes:
         scales: rising.
         seeds: of each image.
+        prompts: of each image.
         values: by attribute.
         extra: residual, kind and distance, where they are known.
     """
 
     scales: Float[np.ndarray, " scales"]
     seeds: tuple[int, ...]
+    prompts: tuple[str, ...]
     values: Mapping[str, Float[np.ndarray, "images scales"]]
     extra: Mapping[str, Float[np.ndarray, "images scales"]]
 
@@ -89,6 +91,7 @@ class Block:
         return Block(
             self.scales[inside],
             self.seeds,
+            self.prompts,
             {name: value[:, inside] for name, value in self.values.items()},
             {name: value[:, inside] for name, value in self.extra.items()},
         )
@@ -97,6 +100,7 @@ class Block:
         return Block(
             self.scales,
             tuple(seed for seed, keep in zip(self.seeds, chosen, strict=True) if keep),
+            tuple(prompt for prompt, keep in zip(self.prompts, chosen, strict=True) if keep),
             {name: value[chosen] for name, value in self.values.items()},
             {name: value[chosen] for name, value in self.extra.items()},
         )
@@ -115,7 +119,11 @@ def blocks(frame: pd.DataFrame, natural_sd: Mapping[str, float]) -> Iterator[tup
 
         values = {name: _array(part[name], places) / sd for name, sd in natural_sd.items()}
         extra = {name: _array(part[name], places) for name in (RESIDUAL, KIND, DISTANCE) if name in part}
-        yield str(label), str(method), Block(scales, tuple(images["seed"]), values, extra)
+        yield (
+            str(label),
+            str(method),
+            Block(scales, tuple(images["seed"]), tuple(images["prompt"]), values, extra),
+        )
 
 
 def _array(column: pd.Series, places: tuple[np.ndarray, np.ndarray]) -> Float[np.ndarray, "images scales"]:

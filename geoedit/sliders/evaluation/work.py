@@ -50,8 +50,8 @@ class Series:
     def block(self, natural_sd: Mapping[str, float]) -> Block:
         """The same as arrays in natural standard deviations."""
         values = {name: value / natural_sd[name] for name, value in self.values.items()}
-        seeds = tuple(seed for _, seed in self.rows)
-        return Block(np.array(self.scales), seeds, values, self.extra)
+        prompts, seeds = zip(*self.rows, strict=True)
+        return Block(np.array(self.scales), seeds, prompts, values, self.extra)
 
     def records(self) -> list[dict[str, Any]]:
         """One record for each image."""
@@ -102,6 +102,28 @@ class Work:
         ]
         return self.read(label, "slider", scales, drawn)
 
+    def extend(self, series: Series, more: Sequence[float]) -> Series:
+        """A slider's series with more scales; what was drawn is not drawn again."""
+        new = self.sweep(series.label, sorted({0.0, *more}))
+        fresh = [index for index, scale in enumerate(new.scales) if scale not in series.scales]
+        scales = [*series.scales, *(new.scales[index] for index in fresh)]
+        order = np.argsort(scales)
+
+        def joined(name: str, mine: Any, theirs: Any) -> Any:
+            whole = np.concatenate([mine[name], theirs[name][:, fresh]], 1)[:, order]
+            return unwrap(whole, self.tool.period[name], zero) if name in self.tool.period else whole
+
+        zero = int(np.flatnonzero(np.array(scales)[order] == 0)[0])
+        return Series(
+            series.label,
+            series.method,
+            tuple(float(scales[index]) for index in order),
+            series.rows,
+            torch.cat([series.images, new.images[fresh]])[torch.from_numpy(order)],
+            {name: joined(name, series.values, new.values) for name in series.values},
+            {name: joined(name, series.extra, new.extra) for name in series.extra},
+        )
+
     def worded(self, label: str, ends: tuple[str, str]) -> Series:
         """The same change asked for in words, at scales −1 and 1."""
         target = spec_of(self.painter.sliders[label]).get("target")
@@ -135,17 +157,21 @@ class Work:
         Raises:
             EditError: the measure gave something else than a number for each image.
         """
-        parts: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[np.ndarray]] = {}
         for part in images.split(AT_ONCE):
-            reading = self.tool.read(pixels(part.to(self.painter.base.device)))
-            found = {**reading.values}
-            if reading.residual is not None:
-                found[RESIDUAL] = reading.residual
-            if reading.kind is not None:
-                found[KIND] = reading.kind
-            for name, values in found.items():
+            for name, values in self.read_pixels(pixels(part.to(self.painter.base.device))).items():
                 parts.setdefault(name, []).append(values)
-        return {name: torch.cat(values).double().cpu().numpy() for name, values in parts.items()}
+        return {name: np.concatenate(values) for name, values in parts.items()}
+
+    def read_pixels(self, images: Float[Tensor, "n 3 height width"]) -> dict[str, Float[np.ndarray, " n"]]:
+        """What the measure reads from images with pixels from 0 to 1: attributes, residual and kind."""
+        reading = self.tool.read(images)
+        found = {**reading.values}
+        if reading.residual is not None:
+            found[RESIDUAL] = reading.residual
+        if reading.kind is not None:
+            found[KIND] = reading.kind
+        return {name: values.double().cpu().numpy() for name, values in found.items()}
 
     @torch.no_grad()
     def _distances(self, images: Tensor, zero: int) -> Float[np.ndarray, " n"] | None:
