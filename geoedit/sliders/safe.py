@@ -98,7 +98,7 @@ def safe_range(
     r"""Predict how far a slider may be pushed, from the curvature of its path, without sweeping.
 
     The path \(z(s)\) is what the sampler gives at scale s. Its exact derivative \(z'(s)\) through all
-    sampling steps (forward mode) is taken at three scales, −reach, 0 and reach, in one pass; differences of these are
+    sampling steps (forward mode) is taken at three scales, −reach, 0 and reach; differences of these are
     the second and third derivatives. An attribute's slope \(g(s)\) is its change along the tangent \(z'(s)\).
     Its logarithm is continued as a parabola, \(\ln g(s) = \ln g(0) + β s + γ s²\), to where a fifth of
     \(g(0)\) is left; the residual's square is continued as a parabola to where it is four times that at 0.
@@ -262,23 +262,22 @@ def _path(
     work: Work, label: str, rows: Sequence[tuple[str, int]], scales: Sequence[float]
 ) -> tuple[Float[Tensor, "scales rows *shape"], Float[Tensor, "scales rows *shape"]]:
     """Clean latents at some scales, and their exact derivatives by the scale."""
-    parts = []
-    pairs = [(row, scale) for scale in scales for row in rows]
     size = work.painter.how.batch_size
-    for first in range(0, len(pairs), size):
-        part = pairs[first : first + size]
-        at = torch.tensor([scale for _, scale in part], device=work.painter.base.device)
+    found = []
+    for scale in scales:
+        at = torch.tensor(scale, device=work.painter.base.device, dtype=torch.float32)
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
 
-        def sample(scale: Tensor, part: Any = part) -> Tensor:
-            return work.painter.latents([row for row, _ in part], [(label, scale)])
+            def sample(here: Tensor, part: Any = part) -> Tensor:
+                return work.painter.latents(part, [(label, here)])
 
-        # The fused attention kernels know no forward mode.
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            parts.append(jvp(sample, (at,), (torch.ones_like(at),)))
-    latents, tangents = (
-        torch.cat(each).unflatten(0, (len(scales), len(rows))) for each in zip(*parts, strict=True)
-    )
-    return latents, tangents
+            # The fused attention kernels know no forward mode.
+            with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+                found.append(jvp(sample, (at,), (torch.ones_like(at),)))
+    latents, tangents = (torch.cat(each) for each in zip(*found, strict=True))
+    shape = (len(scales), len(rows))
+    return latents.unflatten(0, shape), tangents.unflatten(0, shape)
 
 
 def _attribute_slopes(

@@ -162,7 +162,7 @@ def prompting(
                 f"the words for {label!r} must be two texts, for scale −1 and for scale 1, not {found}"
             )
         return tuple(text if "{}" in text else f"{{}}, {text}" for text in found)  # type: ignore[return-value]
-    if shapes and known is not None:
+    if shapes and known is not None and known.attribute in ENDS:
         low, high = ENDS[known.attribute]
         return (low, high) if known.sign > 0 else (high, low)
     spec = spec_of(slider)

@@ -88,6 +88,8 @@ def evaluate(
     """
     steep = [float(scale) for scale in scales]
     check_scales(np.array(steep))
+    if not within[0] <= 0 <= within[1]:
+        raise EditError(f"within is {within}; it must hold scale 0, from which all is counted")
     work, own = prepare(
         pipe,
         sliders,

@@ -205,8 +205,9 @@ class Evaluation:
                 found |= {f"{name}_{end}": _number(known[end]) for end in ("low", "high")}
         if math.isfinite(found.get("safe_low", math.nan) + found.get("safe_high", math.nan)):
             part = block.within(found["safe_low"], found["safe_high"])
-            rho = spearman(part.scales, own.sign * part.values[own.attribute])
-            found["spearman_safe"] = float(rho[rho == rho].mean()) if (rho == rho).any() else math.nan
+            if part is not block or len(block.scales) < 3:
+                rho = spearman(part.scales, own.sign * part.values[own.attribute])
+                found["spearman_safe"] = float(rho[rho == rho].mean()) if (rho == rho).any() else math.nan
         return found
 
     def _interference(self, which: int) -> pd.DataFrame:
