@@ -149,7 +149,7 @@ def _known(path: str, modules: Mapping[str, nn.Module]) -> str | None:
 def _misfit(module: nn.Module, change: ModuleChange) -> str | None:
     shape = weight_shape(module)
     if shape is None:
-        return f"is a {type(module).__name__}; linear layers and convolutions are changed"
+        return f"is a layer of kind {type(module).__name__}; linear ones and convolutions are changed"
     out, rest = shape[0], math.prod(shape[1:])
     if tuple(change.matrix.shape) != (out, rest) or (len(shape) > 2 and change.kernel != shape[2:]):
         kernel = f" with kernel {change.kernel}" if change.kernel else ""
