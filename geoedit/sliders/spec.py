@@ -39,8 +39,8 @@ class Prompts:
     positive: str
     negative: str
     neutral: str
-    action: Action = "enhance"
-    guidance: float | None = None
+    action: str = "enhance"
+    guidance: float | int | None = None
     resolution: int | None = None
     dynamic_resolution: bool = False
     batch_size: int = 1
@@ -60,9 +60,9 @@ class Prompts:
 class SliderSpec:
     """What a slider is asked to be.
 
-    A text slider needs `positive` and `negative` and a `target` (or `neutral`) to change. Words that must stay
-    as they are go to `preserve`: each is given in all four prompts at once, so that their difference has none
-    of it. A prompt says where they stand, ``"a {hue} {shape}"``; where it does not, they follow the
+    A text slider needs `positive` and `negative` and a `target` (or `neutral`) to change. Words that must
+    stay as they are go to `preserve`: each is given in all four prompts at once, so that their difference
+    has none of it. A prompt says where they stand, ``"a {hue} {shape}"``; where it does not, they follow the
     article, or come first.
 
     Attributes:
@@ -100,13 +100,13 @@ class SliderSpec:
     """
 
     name: str = ""
-    kind: Kind | None = None
+    kind: str | None = None
     target: str | None = None
     positive: str | None = None
     negative: str | None = None
     neutral: str | None = None
-    action: Action = "enhance"
-    guidance: float | None = None
+    action: str = "enhance"
+    guidance: float | int | None = None
     resolution: int | None = None
     preserve: Mapping[str, Sequence[str]] | Sequence[str] = field(default_factory=dict)
     unrelated: Sequence[str] = ()
@@ -264,13 +264,13 @@ def fill(prompt: str, words: Mapping[str, str]) -> str:
     for name in named:
         prompt = prompt.replace(f"{{{name}}}", words.get(name, ""))
     loose = [word for name, word in words.items() if name not in named and word]
-    first, *rest = prompt.split()
+    first, *rest = prompt.split() or [""]
     if first.lower() in _ARTICLES and rest:
         rest = [*loose, *rest]
         if first in ("a", "an"):
             first = "an" if rest[0][0] in "aeiou" else "a"
         return " ".join([first, *rest])
-    return " ".join([*loose, first, *rest])
+    return " ".join([*loose, first, *rest]).strip()
 
 
 def _named(prompt: str) -> set[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -79,6 +80,7 @@ def read_spec(path: str | PathLike[str]) -> SliderSpec:
             raise EditError(
                 f"{path}, line {lines[key,]}: key {key!r} is unknown; the keys are {', '.join(known)}"
             )
+    _check_texts(path, data, lines, ("name", "kind", "target", "positive", "negative", "neutral", "action"))
     for place, item in enumerate(data.get("more") or []):
         _check_prompts(path, item, lines, ("more", place), [entry.name for entry in fields(Prompts)])
     try:
@@ -131,14 +133,16 @@ def _published(
 ) -> SliderSpec:
     """A list of prompt sets, completed by the published rules.
 
-    positive = target, unconditional = "", neutral = unconditional, action = erase, guidance 1, resolution 512.
+    They are: positive = target, unconditional = "", neutral = unconditional, action = erase, guidance 1,
+    resolution 512.
     """
     if not items:
         raise EditError(f"{path}: the list of prompts is empty")
     sets = []
     for place, item in enumerate(items):
         _check_prompts(path, item, lines, (place,), [*PROMPT_KEYS, *IGNORED_PROMPT_KEYS])
-        given = {PROMPT_KEYS[key]: value for key, value in item.items() if key in PROMPT_KEYS}
+        kept = {key: value for key, value in item.items() if key in PROMPT_KEYS and value is not None}
+        given = {PROMPT_KEYS[key]: value for key, value in kept.items()}
         if "target" not in given:
             raise EditError(f"{path}, line {lines.get((place,), 1)}: key 'target' is missing")
         given.setdefault("positive", given["target"])
@@ -222,14 +226,26 @@ def _check_prompts(
 ) -> None:
     if not isinstance(item, dict):
         raise EditError(f"{path}, line {lines.get(place, 1)}: {item!r} is no set of prompts")
-    for key, value in item.items():
+    for key in item:
         line = lines.get((*place, key), 1)
         if key not in known:
             raise EditError(f"{path}, line {line}: key {key!r} is unknown; the keys are {', '.join(known)}")
-        if key in ("target", "positive", "unconditional", "negative", "neutral") and not isinstance(
-            value, str
-        ):
-            raise EditError(f"{path}, line {line}: {key!r} is {value!r}; it is a text, write it in quotes")
+    _check_texts(path, item, lines, ("target", "positive", "unconditional", "negative", "neutral"), place)
+
+
+def _check_texts(
+    path: Path,
+    item: Mapping[str, Any],
+    lines: Mapping[tuple[Any, ...], int],
+    keys: Sequence[str],
+    place: tuple[Any, ...] = (),
+) -> None:
+    for key in keys:
+        if not isinstance(item.get(key), (str, NoneType)):
+            line = lines.get((*place, key), 1)
+            raise EditError(
+                f"{path}, line {line}: {key!r} is {item[key]!r}; it is a text, write it in quotes"
+            )
 
 
 def _read(path: Path) -> tuple[Any, dict[tuple[Any, ...], int]]:
