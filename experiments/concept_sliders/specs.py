@@ -1,0 +1,65 @@
+"""What the study's sliders are asked to be, and the prompts that they are scored on."""
+
+from __future__ import annotations
+
+from geoedit.sliders import SliderSpec
+
+ENDS = {
+    "size": ("very small", "very large"),
+    "thickness": ("very thin", "very thick"),
+    "brightness": ("dark", "bright"),
+    "rotation": ("falling", "rising"),
+    "hue": ("warm", "cool"),
+}
+"""The words for the lower and the upper end of each attribute."""
+
+CONTEXT = {
+    "size": ("", "small", "large"),
+    "thickness": ("", "thin", "thick"),
+    "hue": ("", "red", "yellow", "green", "cyan", "blue"),
+    "shape": ("ellipse", "bar", "diamond"),
+    "rotation": ("", "falling", "level", "rising"),
+}
+"""Words that must stay as they are; the empty word leaves the attribute unsaid."""
+
+ORDER = ("size", "thickness", "brightness", "hue", "shape", "rotation")
+
+HELD_OUT = (
+    "an orange bar on the left",
+    "a bright green ellipse at the top",
+    "a dark cyan diamond rising",
+    "a thick blue shape on the right",
+)
+"""Prompts of which none, as it stands, is among the training prompts."""
+
+
+def spec(attribute: str) -> SliderSpec:
+    """The slider of an attribute: its two words, in all contexts that the other attributes' words make.
+
+    >>> spec("size").positive
+    'a very large {thickness} {hue} {shape} {rotation}'
+    """
+    low, high = ENDS[attribute]
+    kept = {name: words for name, words in CONTEXT.items() if name != attribute}
+
+    def said(word: str) -> str:
+        parts = [word if name == attribute else f"{{{name}}}" for name in ORDER if name in (attribute, *kept)]
+        return " ".join(["a", *(part for part in parts if part)])
+
+    return SliderSpec(name=attribute, target=said(""), positive=said(high), negative=said(low), preserve=kept)
+
+
+def plain_spec(attribute: str) -> SliderSpec:
+    """The slider as the published trainer is asked for it: one set of prompts, no contexts.
+
+    >>> plain_spec("size").positive
+    'a very large shape'
+    """
+    low, high = ENDS[attribute]
+    after = attribute == "rotation"
+    return SliderSpec(
+        name=attribute,
+        target="a shape",
+        positive=f"a shape {high}" if after else f"a {high} shape",
+        negative=f"a shape {low}" if after else f"a {low} shape",
+    )
