@@ -1,6 +1,6 @@
 """Change or read one thing inside a neural network, and know beforehand whether it will work."""
 
-from geoedit import pullback, testbeds
+from geoedit import algebra, pullback, sliders, testbeds
 from geoedit.activations import Activations, Moments, Statistics, collect, run_with, statistics
 from geoedit.anatomy import Anatomy, Block, Location, Stack, anatomy
 from geoedit.concept import Concept, Prompt, Template, concepts
@@ -50,6 +50,7 @@ __all__ = [
     "SwapMeans",
     "TangentSteer",
     "Template",
+    "algebra",
     "anatomy",
     "collect",
     "concept_manifold",
@@ -60,6 +61,7 @@ __all__ = [
     "load_model",
     "pullback",
     "run_with",
+    "sliders",
     "statistics",
     "testbeds",
 ]
