@@ -20,9 +20,9 @@ AT_ONCE = 128
 """Images that are fitted together; more would only need more memory."""
 FIRST_STEPS = 7
 LAST_STEPS = 12
-NEGLIGIBLE = 1e-5
+NEGLIGIBLE = 5e-5
 """A step of this share of the longest that is allowed, half of the size or half a radian, is the last."""
-CANDIDATES = 4.0
+CANDIDATES = 2.0
 """Classes whose squared residual is within this factor of the least one are fitted to the end."""
 
 
