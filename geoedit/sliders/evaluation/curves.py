@@ -86,15 +86,21 @@ def foldback(curves: Float[np.ndarray, "images scales"]) -> Float[np.ndarray, " 
     return np.divide(back, way, out=np.full_like(way, np.nan), where=way > 0)
 
 
-def mean_curve(curves: Float[np.ndarray, "images *scales"]) -> Float[np.ndarray, "*scales"]:
-    """The mean over the images in which the attribute is known at all scales, so that no image enters half.
+def mean_curve(curves: Float[np.ndarray, "images scales"]) -> Float[np.ndarray, " scales"]:
+    """The mean over images, whose steps are means over the images that are known on both sides.
 
-    Where there is no such image, the mean of what is known at each scale.
+    So an image that drops out at some scale takes nothing of its own level with it. It starts from the scale
+    at which most images are known, and is NaN from where no image is known on both sides of a step.
     """
-    whole = ~np.isnan(curves.reshape(len(curves), -1)).any(-1)
+    known = ~np.isnan(curves)
+    most = int(known.sum(0).argmax())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant
-        return np.nanmean(curves[whole] if whole.any() else curves, axis=0)
+        steps = np.nanmean(np.diff(curves, axis=1), axis=0)
+        start = np.nanmean(curves[:, most])
+    after = np.cumsum(steps[most:])
+    before = -np.cumsum(steps[:most][::-1])[::-1]
+    return start + np.concatenate([before, [0.0], after])
 
 
 def standard_error(values: Float[np.ndarray, " images"]) -> float:

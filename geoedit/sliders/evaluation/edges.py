@@ -13,6 +13,8 @@ from geoedit.sliders.evaluation.curves import FLAT, mean_curve, slope_at_zero
 
 OFF = 2.0
 """The residual, over that of unsteered images, at which images have left the manifold."""
+KEPT = 0.9
+"""The share of the images measured at scale 0 that must still be measurable."""
 FLOOR = 1e-3
 """Slopes below this share of the one at 0 count as this share: their logarithm must exist."""
 DRAWS = 200
@@ -42,6 +44,7 @@ class Edges:
 
 
 STOPS = "the attribute stops rising"
+LOST = "images can no longer be measured"
 LEAVES = "images leave the manifold"
 NOTHING = "no end was found"
 UNKNOWN = Edges(math.nan, math.nan, *("the attribute could not be measured",) * 2)
@@ -57,14 +60,17 @@ def edges(
 
     The mean's slope between two scales belongs to their middle. The end is where the slopes, joined linearly
     from 0 outwards, first fall below a fifth of that at 0, or the mean residual first exceeds twice its own.
+    A scale at which a tenth of the images can no longer be measured is beyond the end.
 
     Args:
         scales: rising, with 0 among them.
         moved: the attribute in natural standard deviations, signed so that it should rise.
         residual: distances off the manifold.
     """
-    mean = mean_curve(moved)
     zero = int(np.flatnonzero(scales == 0)[0])
+    known = ~np.isnan(moved)
+    lost = known.mean(0) < KEPT * known[:, zero].mean()
+    mean = np.where(lost, np.nan, mean_curve(moved))
     slope = slope_at_zero(scales, mean)
     if math.isnan(slope):
         return UNKNOWN
@@ -75,10 +81,11 @@ def edges(
     off = None if residual is None else mean_curve(residual)
     found = []
     for side in (-1, 1):
-        outer = slice(zero, None) if side > 0 else slice(zero - 1, None, -1) if zero else slice(0, 0)
+        outer = _outwards(len(middles), zero, side, between=True)
+        beyond = _outwards(len(scales), zero, side)
         ends = [(_crossing(middles[outer], left[outer], 1 - FLAT), STOPS)]
+        ends.append((_last_known(scales[beyond], mean[beyond]), LOST))
         if off is not None and off[zero] > 0:
-            beyond = slice(zero + 1, None) if side > 0 else slice(zero - 1, None, -1) if zero else slice(0, 0)
             rest = OFF - off / off[zero]
             ends.append((_crossing(scales[beyond], rest[beyond], OFF - 1), LEAVES))
         found.append(min(ends, key=lambda end: abs(end[0])))
@@ -89,15 +96,29 @@ def edges(
     )
 
 
-def _crossing(places: np.ndarray, values: np.ndarray, at_zero: float) -> float:
-    """Where values that start above 0 at place 0 first reach 0, linear between places; inf if nowhere.
+def _outwards(count: int, zero: int, side: int, *, between: bool = False) -> list[int]:
+    """Places on one side of 0, the nearest first; between two scales the first place above 0 is its own."""
+    if side > 0:
+        return list(range(zero if between else zero + 1, count))
+    return list(range(zero - 1, -1, -1))
 
-    What cannot be measured (NaN) is beyond the end: the end is the last place before it.
-    """
+
+def _last_known(places: np.ndarray, values: np.ndarray) -> float:
+    """The place before the first value that is not known; inf if all are."""
+    before = 0.0
+    for place, value in zip(places, values, strict=True):
+        if math.isnan(value):
+            return before
+        before = float(place)
+    return math.inf
+
+
+def _crossing(places: np.ndarray, values: np.ndarray, at_zero: float) -> float:
+    """Where values that start above 0 at place 0 first reach 0, linear between places; inf if nowhere."""
     before, value_before = 0.0, at_zero
     for place, value in zip(places, values, strict=True):
         if math.isnan(value):
-            return float(before)
+            return math.inf
         if value <= 0:
             return float(before + (place - before) * value_before / (value_before - value))
         before, value_before = float(place), float(value)

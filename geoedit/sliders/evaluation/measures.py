@@ -140,6 +140,9 @@ def _asked(measure: Measure, images: Tensor) -> dict[str, Tensor]:
 class ShapesWithResidual:
     """The exact measure of drawn shapes, with the distance to the nearest drawing and its class.
 
+    The distance is relative to the image's own root mean square, so that large and bright shapes are not
+    farther off for their size: 0 for a drawing, 1 for an image of which no shape explains anything.
+
     Example:
         >>> from geoedit.testbeds.shapes import render, sample
         >>> found = ShapesWithResidual()(render(*sample(3, generator=torch.Generator().manual_seed(0))))
@@ -155,9 +158,9 @@ class ShapesWithResidual:
         return {name: attribute.natural_sd for name, attribute in ATTRIBUTES.items()}
 
     def __call__(self, images: Float[Tensor, "n 3 size size"]) -> Mapping[str, Float[Tensor, " n"]]:
-        """Attributes, "residual" (root mean square over pixels) and "kind"."""
+        """Attributes, "residual" (relative) and "kind"."""
         found = measure_shapes(images)
-        return {**found.values, RESIDUAL: found.residual, KIND: found.kinds.to(found.residual.dtype)}
+        return {**found.values, RESIDUAL: found.relative, KIND: found.kinds.to(found.relative.dtype)}
 
 
 def draws_shapes(pipe: Any) -> bool:
