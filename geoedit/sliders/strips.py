@@ -149,10 +149,11 @@ def _prompt(slider: Slider, prompt: str | None) -> str:
     if prompt is not None:
         return prompt
     spec = slider.details.get("spec")
+    known: Mapping[str, Any] = spec if isinstance(spec, Mapping) else {}
     for name in ("target", "neutral"):
-        found = spec.get(name) if isinstance(spec, Mapping) else None
+        found = known.get(name)
         if isinstance(found, str) and found.strip():
-            return _filled(found, spec.get("preserve"))
+            return _filled(found, known.get("preserve"))
     raise EditError(f"strip: slider {slider.name!r} does not tell what it was taught on; give prompt=…")
 
 

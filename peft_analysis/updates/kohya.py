@@ -53,6 +53,7 @@ MARKS = re.compile(
     r"lora_(down|up|A|B|mid)\b|\.lora\.(down|up)\.|_lora\.(down|up)\.|\.hada_|\.lokr_|dora_scale"
 )
 OLD_PROCESSOR = re.compile(r"\.processor\.(to_\w+?)$")
+OLD_OUTPUT = re.compile(r"\.to_out_lora\.(?:(?:down|up)\.weight|alpha)$")
 PEFT = "base_model.model."
 
 
@@ -126,7 +127,9 @@ def _grouped(file: TensorFile) -> dict[str, dict[str, Stored]]:
             continue
         role = next(names[int(group[1:])] for group, found in match.groupdict().items() if found is not None)
         key = OLD_PROCESSOR.sub(r".\1", name[: match.start()])
-        modules[key.replace(".to_out_lora", ".to_out.0")][role] = _finite(name, stored, file)
+        if OLD_OUTPUT.search(name):  # the linear layer stands in a list with its dropout
+            key = f"{key.removesuffix('_lora')}.0"
+        modules[key][role] = _finite(name, stored, file)
     if unknown:
         raise UpdateError(
             f"{file.path}: {len(unknown)} keys are of no kind that is read (LoRA, LoCon, LoHa, LoKr, DoRA, "

@@ -16,7 +16,7 @@ from geoedit.sliders.calibration import Calibration
 from geoedit.sliders.files.fused import fused_modules, split_fused
 from geoedit.sliders.files.names import place_of, unflattened
 from geoedit.sliders.files.write import FOLDER_FILE, HEADER, PEFT_CONFIG, PEFT_FILE, VERSION
-from geoedit.sliders.fit import components_of, fitting
+from geoedit.sliders.fit import MODEL, components_of, fitting
 from geoedit.sliders.slider import ModuleChange, Slider
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
@@ -110,6 +110,7 @@ def _finite(file: TensorFile, name: str) -> Tensor:
 
 def _foreign(file: TensorFile, folder: Path | None, pipe: Any) -> Slider:
     base = None if pipe is None else _base(pipe)
+    alone = folder is not None if pipe is None else isinstance(pipe, nn.Module)  # no pipeline, but one model
     wide = set() if folder is not None else fused_modules(file)
     if folder is not None:
         update = read_update(base, folder)
@@ -122,7 +123,8 @@ def _foreign(file: TensorFile, folder: Path | None, pipe: Any) -> Slider:
         update = read_adapter_file(base, file if base is not None else _guessed(file))
     changes: dict[str, dict[str, ModuleChange]] = {}
     for name in update:
-        component, path = place_of(name.removesuffix(".weight"))
+        path = name.removesuffix(".weight")
+        component, path = (MODEL, path) if alone else place_of(path)
         change = _module_change(update, name, narrow=name.removesuffix(".weight") in wide)
         changes.setdefault(component, {})[path] = change
     name = file.metadata.get("ss_output_name") or (folder or file.path).stem

@@ -86,7 +86,7 @@ def replaced(pipe: Any, component: str, module: nn.Module) -> Any:
 def draw(pipe: Any, seeds: tuple[int, ...] = (1, 2), **options: Any) -> Tensor:
     """Latents after a few steps, one noise a seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    given = {"num_inference_steps": 3, "output_type": "latent", **options}
+    given = {"num_inference_steps": 2, "output_type": "latent", **options}
     return pipe(["a red bar"] * len(seeds), generator=generators, **given).images
 
 
