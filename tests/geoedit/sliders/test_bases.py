@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -210,6 +211,8 @@ def test_kept_latents_are_those_that_the_pipeline_has_before_these_steps(tiny_pi
         before = before * base.levels(base.schedule(4)[2:3])[0]
     torch.testing.assert_close(kept[:, 0], before, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(kept[:, 1], noise)
+    early, none = base.sample(words, steps=4, guidance=2.0, noise=noise, unconditional=empty, stop=2)
+    assert torch.equal(early, kept[:, 0]) and none.shape[1] == 0
 
 
 def test_both_halves_go_through_in_one_pass_and_one_half_where_that_is_enough(tiny_pipe: Any) -> None:
@@ -303,6 +306,13 @@ def test_gradients_pass_through_prediction_and_decoding(tiny_pipe: Any) -> None:
     back = torch.func.vjp(image, latents)[1](torch.ones_like(forward))[0]
     torch.testing.assert_close(forward.sum(), (back * push).sum(), rtol=1e-3, atol=1e-3)
     assert forward.abs().sum() > 1e-3
+
+
+def test_an_offloaded_denoiser_says_where_it_computes(fresh_pipe: Fresh) -> None:
+    pipe = fresh_pipe("sd1")
+    cpu_offload_with_hook(pipe.unet, "meta")
+    assert base_of(pipe).device == torch.device("meta")
+    assert next(pipe.unet.parameters()).device == torch.device("cpu")
 
 
 def test_conditioning_keeps_rows_together() -> None:

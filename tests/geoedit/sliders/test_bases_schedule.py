@@ -248,6 +248,8 @@ def test_bad_input_is_named(tiny_sd1: Any, tiny_sdxl: Any, tiny_flux: Any) -> No
     ]:
         with pytest.raises(EditError, match=message):
             base.sample(words, steps=steps, guidance=1.0, noise=noise, keep=keep)
+    with pytest.raises(EditError, match="stop is 3"):
+        base.sample(words, steps=2, guidance=1.0, noise=zeros[:1], stop=3)
     with pytest.raises(EditError, match="height of 15 pixels: it must be a multiple of 2"):
         base.latent_shape(15, 16)
     with pytest.raises(EditError, match="width of 18 pixels: it must be a multiple of 4"):
