@@ -73,8 +73,8 @@ def train(
 ) -> None:
     """Teach a slider: writes its file, a card and checkpoints, and goes on from these if it was stopped.
 
-    For instance: geoedit slider train size.yaml --model shapes-unet. On several devices: accelerate launch -m
-    geoedit slider train size.yaml.
+    For instance: geoedit slider train size.yaml --model shapes-unet. On several devices:
+    accelerate launch --no_python geoedit slider train size.yaml.
     """
     asked = {"steps": steps, "batch_size": batch_size}
     run(lambda: _train(spec, model, out, asked, setting or [], measure, seed, as_json, device, dtype, quiet))

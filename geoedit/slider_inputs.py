@@ -60,8 +60,10 @@ def _pipeline(source: str, dtype: Any, device: str) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
     logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
     except (
@@ -76,7 +78,7 @@ def _pipeline(source: str, dtype: Any, device: str) -> Any:
         text = str(error).strip().splitlines()
         raise EditError(
             f"can't load a pipeline from {source!r}: {text[0] if text else type(error).__name__} Give a "
-            "folder that pipe.save_pretrained(folder) wrote with safetensors, or check the hub id and network."
+            "folder that pipe.save_pretrained(folder) wrote with safetensors, or check id and network."
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

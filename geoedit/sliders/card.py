@@ -28,7 +28,7 @@ def write_card(
     path: str | PathLike[str],
     *,
     strip: Float[Tensor, "rows columns 3 height width"] | None = None,
-    scales: Sequence[float] = (),
+    scales: Sequence[float | int] = (),
     base_model: str | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -77,7 +77,7 @@ def card(
     file: str,
     *,
     strip: str | None = None,
-    scales: Sequence[float] = (),
+    scales: Sequence[float | int] = (),
     base_model: str | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> str:

@@ -171,7 +171,7 @@ def _vocabulary(model: nn.Module) -> int:
             f"{kind} gives logits of shape {tuple(found.shape)} for 2 rows of 2 tokens: not one a token"
         )
     apart = (found[0, 0] - found[1, 0]).abs().max() / found[0, 0].abs().max().clamp_min(1e-30)
-    if not float(apart) < 1e-2:
+    if not float(apart) < max(1e-5, 2 * torch.finfo(found.dtype).eps):
         raise EditError(
             f"what {kind} says of a token depends on the tokens behind it, or is no number: a language "
             "slider needs a causal language model"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike, fspath
@@ -50,8 +50,8 @@ class Watch:
 
     checkpoint_every: int = 50
     sample_every: int = 0
-    sample_scales: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
-    sample_prompts: tuple[str, ...] = ()
+    sample_scales: Sequence[float | int] = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    sample_prompts: Sequence[str] = ()
     tensorboard: bool = False
     show: bool | None = None
     card: bool = True

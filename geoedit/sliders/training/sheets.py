@@ -32,7 +32,12 @@ def sample_prompts(task: Task, spec: SliderSpec, chosen: Sequence[str] = ()) -> 
 
 @torch.no_grad()
 def sheet(
-    task: Task, prompts: Sequence[str], scales: Sequence[float], settings: TrainSettings, *, seed: int = 0
+    task: Task,
+    prompts: Sequence[str],
+    scales: Sequence[float | int],
+    settings: TrainSettings,
+    *,
+    seed: int = 0,
 ) -> Float[Tensor, "prompts scales 3 height width"]:
     """Images with the adapter as it is, one noise for each prompt, pixels from 0 to 1.
 

@@ -32,7 +32,8 @@ def target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
       that the words have for themselves;
     - ``"self-attn"``: the other maps of attentions;
     - ``"conv"``: convolutions; ``"linear"``: linear maps;
-    - ``"full"``: all linear maps and convolutions;
+    - ``"full"``: all linear maps and convolutions, but for the head that turns a language model's states into
+      odds of tokens, which it often shares with its embedding;
     - ``"no-cross-attn"``: all but ``"cross-attn"``.
 
     Convolutions in groups are left out: peft cannot merge adapters on them.
@@ -51,7 +52,7 @@ def target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         "cross-attn": {path for path, words in attention.items() if words},
         "self-attn": {path for path, words in attention.items() if not words},
         "conv": {path for path, module in layers.items() if isinstance(module, nn.modules.conv._ConvNd)},
-        "full": set(layers),
+        "full": {path for path, module in layers.items() if module is not _head(model)},
     }
     groups["linear"] = groups["full"] - groups["conv"]
     groups["no-cross-attn"] = groups["full"] - groups["cross-attn"]
@@ -66,6 +67,12 @@ def target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             raise EditError(f"targets: this {type(model).__name__} has no layers that are {name!r}")
         wanted |= found & layers.keys()
     return [path for path in layers if path in wanted]
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output layer of a language model."""
+    ask = getattr(model, "get_output_embeddings", None)
+    return ask() if callable(ask) else None
 
 
 def _adaptable(module: nn.Module) -> bool:
