@@ -68,7 +68,7 @@ class Adapters:
         rank: int = 4,
         alpha: float | int | None = None,
         rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
+        alpha_pattern: Mapping[str, float | int] | None = None,
         generator: torch.Generator,
     ) -> None:
         from peft import LoraConfig, inject_adapter_in_model

@@ -36,12 +36,12 @@ class PublishedTask(Task):
         \varepsilon_\theta(z, t, \text{target}) - \varepsilon(z, t, \text{neutral})
         \mp \eta\,\bigl(\varepsilon(z, t, \text{positive}) - \varepsilon(z, t, \text{negative})\bigr).
 
-    There is one sign, no weight and no rescaling. The published code takes for t the entry ⌊1000 k / steps⌋ of a
-    schedule of 1000 steps. A latent after k of 50 DDIM steps has the timestep 981 − 20 k, and is evaluated at
+    There is one sign, no weight and no rescaling. The published code takes for t the entry ⌊1000 k / steps⌋
+    of a schedule of 1000 steps. A latent after k of 50 DDIM steps has the timestep 981 − 20 k, and is evaluated at
     1000 − 20 k: 19 off, always. ``published_timestep="off"`` does so, ``"own"`` takes the latent's own.
 
-    Predictions that the published code computes in both halves of guidance 1 are computed once here; the numbers
-    are the same.
+    Predictions that the published code computes in both halves of guidance 1 are computed once here; the
+    numbers are the same.
 
     Args:
         base: the pipeline.
@@ -137,7 +137,7 @@ class PublishedTask(Task):
         return f"timestep {time:g}, scale 1, prompt {prompt!r}"
 
     def _shape(self, resolution: int | None, dynamic: bool, generator: torch.Generator) -> tuple[int, ...]:
-        """Latents of a square, or of drawn sides from half of it upwards, as the published code draws them."""
+        """Latents of a square, or of drawn sides from half of it upwards, as the published code has it."""
         side = resolved(self.base, resolution)
         if side is None or not dynamic or side < 2 * CELLS:
             return self.base.latent_shape(side, side)

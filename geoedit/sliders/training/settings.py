@@ -59,29 +59,29 @@ class TrainSettings:
     alpha: float | int | None = None
     targets: str | Sequence[str] = "full"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    learning_rate: float | None = None
+    alpha_pattern: Mapping[str, float | int] = field(default_factory=dict)
+    learning_rate: float | int | None = None
     warmup: int = 10
     decay: Literal["constant", "root", "cosine"] = "root"
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    weight_decay: float | int = 0.0
+    clip: float | int = 1.0
     optimizer: Literal["adamw", "low_rank_adam"] = "adamw"
-    average: float = 0.0
-    guidance: float = 2.0
-    scale_max: float = 1.0
+    average: float | int = 0.0
+    guidance: float | int = 2.0
+    scale_max: float | int = 1.0
     scale_law: Literal["uniform", "ends"] = "uniform"
     bipolar: bool = True
     rescale: bool = True
-    min_snr: float = 5.0
-    preserve: float = 1.0
-    preserve_rows: float = 0.25
-    on_policy: float = 0.5
+    min_snr: float | int = 5.0
+    preserve: float | int = 1.0
+    preserve_rows: float | int = 0.25
+    on_policy: float | int = 0.5
     cache: int = 16
     refresh: int = 50
-    refresh_share: float = 0.25
+    refresh_share: float | int = 0.25
     trajectory_steps: int = 20
     kept: int = 10
-    trajectory_guidance: float = 3.0
+    trajectory_guidance: float | int = 3.0
     accumulate: int = 1
     autocast: Literal["bfloat16"] | None = None
     checkpointing: bool = False

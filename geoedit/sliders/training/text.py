@@ -31,7 +31,9 @@ class TextTask(Task):
 
     With a context c (the words that must stay, the same in all prompts) and noised latents z, the target is
 
-    .. math:: \varepsilon_s = \varepsilon(z, n_c) + s\,\eta\,\bigl(\varepsilon(z, p_c) - \varepsilon(z, m_c)\bigr),
+    .. math::
+        \varepsilon_s = \varepsilon(z, n_c)
+        + s\,\eta\,\bigl(\varepsilon(z, p_c) - \varepsilon(z, m_c)\bigr),
 
     brought to the norm of \(\varepsilon(z, n_c)\) if the settings say so. Every drawn latent is taught at +s
     and −s, and some are taught, under prompts that the slider must leave alone, to stay as they are. Latents
