@@ -154,7 +154,8 @@ def test_wheel_holds_data_files(tmp_path):
     assert strangers == set()
 
 
-def test_readme_example_runs(capsys):
+def test_readme_example_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert blocks, "README.md shows no python example"
     for block in blocks:
