@@ -45,7 +45,8 @@ class Lab:
     @classmethod
     def of(cls, pipe: Any, name: str, settings: Settings) -> Lab:
         """Train the sliders of a pipeline, or take them from the cache."""
-        seeds = {**dict.fromkeys(settings.attributes, settings.seed), "twin": settings.seed + 1}
+        # One seed for each: sliders of one seed begin with the same right factors, and keep much of them.
+        seeds = {label: settings.seed + n for n, label in enumerate((*settings.attributes, "twin"))}
         sliders = {}
         for label, seed in seeds.items():
             attribute = settings.twin if label == "twin" else label

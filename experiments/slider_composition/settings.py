@@ -24,7 +24,7 @@ class Settings:
         step: at which first-order effects are measured.
         rank: to which truncated compositions are cut.
         sampling_steps: of an image. guidance: of an image. rows: images in one pass.
-        seed: of training.
+        seed: of the first slider's training; the next ones have the next seeds.
         folder: where the results go. cache: where sliders and pictures are kept, so that a run can go on.
     """
 

@@ -12,6 +12,9 @@ from geoedit.errors import EditError
 from manifolds import LowRank
 from manifolds.matrix_functions import polar
 
+SHARED = 1e-5
+"""Frames whose least singular value is below this share a direction, as far as float32 factors can tell."""
+
 
 def orthogonalised(parts: Sequence[LowRank], where: str = "the module") -> list[LowRank]:
     r"""The parts with their singular values, in column and row spaces orthogonal to those of all others.
@@ -41,7 +44,7 @@ def orthogonalised(parts: Sequence[LowRank], where: str = "the module") -> list[
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.float64  # adapters that were trained from one seed begin in one row space
     lefts, values, rights = [], [], []
     for part in parts:
         rank = int(part.numerical_rank())
@@ -68,9 +71,10 @@ def _apart(frames: Sequence[Float[Tensor, "m _"]], where: str) -> Float[Tensor, 
     if not together.shape[-1] or len(frames) == 1:
         return together
     least = torch.linalg.svdvals(together)[-1]
-    if not bool(least > torch.finfo(together.dtype).eps ** 0.5):
+    if not bool(least > SHARED):
         raise EditError(
             f"{where}: the parts share a direction (the least singular value of their frames is "
-            f"{float(least):.1g}), which cannot be given to both; leave one out, or cut them to a lower rank"
+            f"{float(least):.1g}), which cannot be given to both; leave one out, cut them to a lower rank, "
+            "or train them from different seeds, so that they do not begin with the same right factors"
         )
     return polar(together)
