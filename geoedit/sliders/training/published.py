@@ -37,8 +37,9 @@ class PublishedTask(Task):
         \mp \eta\,\bigl(\varepsilon(z, t, \text{positive}) - \varepsilon(z, t, \text{negative})\bigr).
 
     There is one sign, no weight and no rescaling. The published code takes for t the entry ⌊1000 k / steps⌋
-    of a schedule of 1000 steps. A latent after k of 50 DDIM steps has the timestep 981 − 20 k, and is evaluated at
-    1000 − 20 k: 19 off, always. ``published_timestep="off"`` does so, ``"own"`` takes the latent's own.
+    of a schedule of 1000 steps. A latent after k of 50 DDIM steps has the timestep 981 − 20 k, and is
+    evaluated at 1000 − 20 k: 19 off, always. ``published_timestep="off"`` does so, ``"own"`` takes the
+    latent's own.
 
     Predictions that the published code computes in both halves of guidance 1 are computed once here; the
     numbers are the same.

@@ -71,7 +71,7 @@ class TextTask(Task):
         self._nothing = self.base.unconditional(1, height=side, width=side)
         number = {prompt: place for place, prompt in enumerate(self.prompts)}
         device = self.base.device
-        self._rows = {
+        self.prompt_rows = {
             part: torch.tensor([number[getattr(c, part)] for c in self.contexts], device=device)
             for part in ("target", "neutral", "positive", "negative")
         }
@@ -109,7 +109,7 @@ class TextTask(Task):
             {
                 "latents": one["latents"][each],
                 "times": one["times"][each],
-                "prompt": self._rows["target"][one["context"]][each],
+                "prompt": self.prompt_rows["target"][one["context"]][each],
                 "scales": scales.flatten(),
                 "target": target.flatten(0, 1),
                 "weight": loss_weights(self.base, one["times"], settings.min_snr)[each],
@@ -195,7 +195,7 @@ class TextTask(Task):
         like = next(iter(self.conditioning.tensors.values()))
         latents, times = visit(
             base,
-            self.conditioning.rows(self._rows["target"][context]),
+            self.conditioning.rows(self.prompt_rows["target"][context]),
             scales.to(device) if bool(own.any()) else None,
             noise=normal((count, *self._shape), generator, like),
             steps=settings.trajectory_steps,
@@ -207,7 +207,9 @@ class TextTask(Task):
         latents, times = latents.flatten(0, 1), times.repeat(count).to(device)
         context = context.repeat_interleave(kept)
         stay = self._stay[integers(len(self.unrelated), len(context), generator).to(device)]
-        rows = torch.cat([*(self._rows[part][context] for part in ("neutral", "positive", "negative")), stay])
+        rows = torch.cat(
+            [*(self.prompt_rows[part][context] for part in ("neutral", "positive", "negative")), stay]
+        )
         wanted = 4 if settings.preserve > 0 and settings.preserve_rows > 0 else 3
         said = frozen(
             base,
