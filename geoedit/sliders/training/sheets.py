@@ -55,7 +55,8 @@ def sheet(
     own = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(prompts), *base.latent_shape(), generator=own).to(base.device, base.dtype)
     each = torch.arange(len(prompts), device=base.device).repeat_interleave(len(scales))
-    with row_scales(base.denoiser, torch.tensor(scales, device=base.device).repeat(len(prompts))):
+    columns = torch.tensor([float(scale) for scale in scales], device=base.device)
+    with row_scales(base.denoiser, columns.repeat(len(prompts))):
         latents, _ = base.sample(
             base.encode(list(prompts)).rows(each),
             steps=settings.trajectory_steps,
