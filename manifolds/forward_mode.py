@@ -17,6 +17,7 @@ class WrittenOut(TorchFunctionMode):
     PyTorch's formulas for the forward derivatives of `layer_norm` and of `instance_norm` are wrong when they
     are differentiated in turn (pytorch issue 196700, open as of torch 2.13); those of means, squares and
     roots are right, and so is `group_norm`'s. The backward formula of `silu` has no forward derivative.
+    The derivatives of `group_norm` want its input in one piece, which transposed tokens are not.
     """
 
     def __torch_function__(
@@ -24,6 +25,8 @@ class WrittenOut(TorchFunctionMode):
     ) -> Any:
         if func in (F.layer_norm, torch.layer_norm):
             return _layer_norm(*args, **(kwargs or {}))
+        if func in (F.group_norm, torch.group_norm) and args:
+            return func(args[0].contiguous(), *args[1:], **(kwargs or {}))
         if func is F.silu:
             return _silu(*args, **(kwargs or {}))
         if func is F.instance_norm:

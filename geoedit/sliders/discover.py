@@ -19,6 +19,7 @@ from geoedit.sliders.bottleneck import find_bottleneck, shifted, stream_of
 from geoedit.sliders.training.direction import Direction, pool, trajectories
 from geoedit.sliders.training.regression import encoded
 from manifolds import Pullback
+from manifolds.forward_mode import WrittenOut
 
 
 @torch.no_grad()
@@ -50,7 +51,9 @@ def discover(
     in the bottleneck, as long as their singular values, are summed up by their principal components.
 
     Either way a direction's length is chosen so that scale 1 changes the predicted clean latents, to first
-    order, by `effect` times their standard deviation. `geoedit.sliders.distil` makes a slider of one.
+    order, by `effect` times their standard deviation; but is no longer than the stream itself, far beyond
+    which no derivative tells of anything (``details["effect"]`` says what is left). `train` makes a slider
+    of one: ``SliderSpec(direction=found[0])``.
 
     Args:
         pipe: a pipeline.
@@ -87,7 +90,8 @@ def discover(
     )
     step = int(at * steps)
     told = encoded(base, prompts).rows(which.to(base.device))
-    middle = _Middle(base, kept[:, step].float(), times[step], told, guidance)
+    latents = kept[:, step].to(torch.promote_types(kept.dtype, torch.float32))
+    middle = _Middle(base, latents, times[step], told, guidance)
     start = middle.stream[0]
     start = torch.zeros_like(pool(start) if pooled else start)
     if not 1 <= count <= start.numel():
@@ -100,7 +104,7 @@ def discover(
         "max_iterations": 6,
         "generator": torch.Generator(base.device).manual_seed(_seed(generator)),
     }
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels know no forward mode
+    with sdpa_kernel(SDPBackend.MATH), WrittenOut():  # fused kernels know no forward mode
         if metric == "output":
             found = Pullback(middle.clean, ndim=start.ndim).singular_directions(start, count, **search)
             values, vectors = found.values, found.vectors
@@ -111,16 +115,19 @@ def discover(
             _, values, right = torch.linalg.svd(images.flatten(1).detach(), full_matrices=False)
             values, vectors = values[:count] / samples**0.5, right[:count].reshape(-1, *start.shape)
         spread = float(middle.clean(start[None]).std()) * middle.outputs**0.5
-        details = {"metric": metric, "time": float(times[step]), "prompts": list(prompts)}
-        return [
-            Direction(
-                f"direction {index}",
-                vector * (effect * spread / middle.gain(vector)),
-                middle.place,
-                {**details, "value": float(value)},
-            )
-            for index, (vector, value) in enumerate(zip(map(_signed, vectors), values, strict=True))
-        ]
+        directions = []
+        for index, (vector, value) in enumerate(zip(map(_signed, vectors), values, strict=True)):
+            gain = middle.gain(vector) / spread
+            length = min(effect / gain, middle.size(pooled=pooled))
+            details = {
+                "metric": metric,
+                "time": float(times[step]),
+                "prompts": list(prompts),
+                "value": float(value),
+                "effect": length * gain,
+            }
+            directions.append(Direction(f"direction {index}", vector * length, middle.place, details))
+    return directions
 
 
 def _seed(generator: torch.Generator) -> int:
@@ -142,7 +149,7 @@ class _Middle:
         self.base, self.latents, self.time = base, latents, time
         self.conditioning, self.guidance = conditioning, guidance
         self.place = find_bottleneck(base.denoiser)
-        self.stream = stream_of(self._run(latents), base.denoiser, self.place).float()
+        self.stream = stream_of(self._run(latents), base.denoiser, self.place).to(latents.dtype)
 
     def clean(self, changes: Float[Tensor, "items ..."]) -> Float[Tensor, "items outputs"]:
         """Clean latents of all samples under each change of the stream, over the root of their number."""
@@ -167,6 +174,14 @@ class _Middle:
         if not size > 0:
             raise EditError(f"a step at {self.place.path} changes nothing of the output: there is no scale.")
         return size
+
+    def size(self, *, pooled: bool) -> float:
+        """How long the stream is: in one place, as a root mean square, or in all places of a sample."""
+        rows = self.stream
+        if pooled:
+            rows = rows.flatten(2).mT if rows.ndim == 4 else rows
+            return float(rows.square().sum(-1).mean().sqrt())
+        return float(rows.flatten(1).square().sum(-1).mean().sqrt())
 
     def streams(self, latents: Float[Tensor, "items ..."]) -> Float[Tensor, "items ..."]:
         """The stream at the bottleneck for each sample's latents."""

@@ -35,7 +35,7 @@ class ImagePairs:
         prompts: what each thing is, without a word of the attribute; empty for no words at all.
     """
 
-    images: Float[Tensor, "things levels 3 height width"]
+    images: Float[Tensor, "things pictures 3 height width"]
     levels: Float[Tensor, " levels"]
     prompts: tuple[str, ...] = ()
 
@@ -44,7 +44,7 @@ class ImagePairs:
             raise EditError(f"{len(self.images)} things at {len(self.levels)} levels: give 1 at 2 or more.")
         if self.images.shape[1] != len(self.levels):
             raise EditError(
-                f"{self.images.shape[1]} pictures of each thing for {len(self.levels)} levels: give one a level."
+                f"{self.images.shape[1]} pictures of each thing for {len(self.levels)} levels: one a level."
             )
         if not bool((self.levels.diff() > 0).all()):
             raise EditError(f"the levels {self.levels.tolist()} do not rise: two are equal, or out of order.")

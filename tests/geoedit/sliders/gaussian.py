@@ -56,8 +56,8 @@ class GaussianBase(Base):
         signal, noise = (level.flatten(1)[:, :, None] for level in self.levels(times))
         eye = torch.eye(12).to(self.covariance)
         spread = signal**2 * self.covariance + noise**2 * eye
-        away = latents.flatten(1)[..., None] - signal * mean[:, None]
-        found = mean[:, None] + signal * self.covariance @ torch.linalg.solve(spread, away)
+        away = latents.flatten(1)[..., None] - signal * mean[..., None]
+        found = mean[..., None] + signal * self.covariance @ torch.linalg.solve(spread, away)
         return found.reshape(latents.shape)
 
     def output(self, latents: Tensor, times: Tensor, clean: Tensor) -> Tensor:

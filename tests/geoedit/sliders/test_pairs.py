@@ -131,7 +131,7 @@ def test_bad_folders_and_pairs_are_refused(tmp_path, tiny_sd1):
     with pytest.raises(EditError, match="1 folders named by numbers"):
         ImagePairs.from_folder(tmp_path)
     (tmp_path / "1").mkdir()
-    with pytest.raises(EditError, match="level 1 of .* has no picture a"):
+    with pytest.raises(EditError, match=r"level 1 of .* has no picture a"):
         ImagePairs.from_folder(tmp_path)
     (tmp_path / "1" / "a.png").write_bytes((tmp_path / "0" / "a.png").read_bytes()[:40])
     with pytest.raises(EditError, match=r"a\.png cannot be read as a picture"):
