@@ -49,7 +49,8 @@ def _additivity(axes: Axes, table: pd.DataFrame) -> None:
     sizes = sorted(table["size"].unique())
     methods = [method for method in METHODS if method in set(table["method"])]
     for place, method in enumerate(methods):
-        chosen = [table.query("size == @size and method == @method")["from_own"].mean() for size in sizes]
+        rows = table[table["method"] == method]
+        chosen = [rows[rows["size"] == size]["from_own"].mean() for size in sizes]
         at = np.arange(len(sizes)) + (place - (len(methods) - 1) / 2) * 0.2
         axes.bar(at, chosen, 0.18, color=METHODS[method], label=method)
     axes.axhline(AIM, color="black", linewidth=0.6, linestyle=":")
@@ -63,7 +64,7 @@ def _additivity(axes: Axes, table: pd.DataFrame) -> None:
 def _crossed(axes: Axes, table: pd.DataFrame) -> None:
     """Likeness of a crossing's effect to that of either parent."""
     for gauge, colour in GAUGES.items():
-        rows = table.query("gauge == @gauge")
+        rows = table[table["gauge"] == gauge]
         axes.scatter(rows["like_left"], rows["like_right"], s=18, color=colour, label=gauge, alpha=0.8)
     axes.axhline(0, color="black", linewidth=0.5)
     axes.axvline(0, color="black", linewidth=0.5)

@@ -44,7 +44,7 @@ def _short(found: Mapping[str, Any]) -> str:
     lines = ["## In short", ""]
     for name, family in found["families"].items():
         table = pd.DataFrame(family["composed"])
-        for size, rows in table.query("method == 'exact'").groupby("size"):
+        for size, rows in table[table["method"] == "exact"].groupby("size"):
             mean, signed = rows["additivity"].mean(), rows["additivity_of_means"].mean()
             met = "met" if mean <= AIM else "missed"
             lines.append(

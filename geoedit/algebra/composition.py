@@ -46,7 +46,7 @@ def compose(
     - "truncate": the matrix of one rank nearest to that sum, module by module (Eckart and Young), from the
       factors; the sum is never multiplied out.
     - "orthogonalise": \(\sum c_i \tilde\Delta_i\), where the \(\tilde\Delta_i\) have the singular values of
-      the \(\Delta_i\) and column and row spaces that are orthogonal to each other's; see
+      the \(\Delta_i\) and column and row spaces that are orthogonal to each other's, wherever they fit; see
       `geoedit.algebra.orthogonal.orthogonalised`. Linear in the factors.
 
     A module that only some of them change is composed from those. The result at scale 1 is the sum; it has no

@@ -23,13 +23,15 @@ def orthogonalised(parts: Sequence[LowRank], where: str = "the module") -> list[
     \(V = [V_1 \dots V_k]\), part i becomes \(\tilde U_i \Sigma_i \tilde V_i^\top\), where \(\tilde U\) is
     the orthonormal frame nearest to \(U\), its polar factor, and \(\tilde V\) that of \(V\). No part comes
     first: their order does not matter. A single part, or parts that are orthogonal already, stay as they are.
+    A side too narrow for the ranks of all parts (a last convolution to a few channels) stays as it is; the
+    other one is enough for inner products of zero.
 
     Args:
         parts: matrices (m, n) of one shape.
         where: what to call the place in a message.
 
     Raises:
-        EditError: their ranks are more in sum than there are rows or columns, or they share a direction.
+        EditError: neither side is wide enough for the ranks of all parts, or parts share a direction.
 
     Source: Gargiulo et al., "Task singular vectors: reducing task interference in model merging" (2025),
     section 4, here without cutting the ranks.
@@ -53,10 +55,10 @@ def orthogonalised(parts: Sequence[LowRank], where: str = "the module") -> list[
         values.append(size[:rank])
         rights.append(right[:rank].mT)
     ranks = [len(size) for size in values]
-    if sum(ranks) > min(parts[0].shape):
+    if sum(ranks) > max(parts[0].shape):
         raise EditError(
             f"{where}: ranks {ranks} do not fit beside each other into a matrix of "
-            f"{' × '.join(map(str, parts[0].shape))}; cut each part: rank={min(parts[0].shape) // len(parts)}"
+            f"{' × '.join(map(str, parts[0].shape))}; cut each part: rank={max(parts[0].shape) // len(parts)}"
         )
     left, right = (_apart(frames, where) for frames in (lefts, rights))
     return [
@@ -66,9 +68,9 @@ def orthogonalised(parts: Sequence[LowRank], where: str = "the module") -> list[
 
 
 def _apart(frames: Sequence[Float[Tensor, "m _"]], where: str) -> Float[Tensor, "m k"]:
-    """The orthonormal frame nearest to all frames side by side."""
+    """The orthonormal frame nearest to all frames side by side; those that do not fit stay as they are."""
     together = torch.cat(list(frames), -1)
-    if not together.shape[-1] or len(frames) == 1:
+    if not together.shape[-1] or len(frames) == 1 or together.shape[-1] > together.shape[-2]:
         return together
     least = torch.linalg.svdvals(together)[-1]
     if not bool(least > SHARED):

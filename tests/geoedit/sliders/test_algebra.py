@@ -171,10 +171,21 @@ def test_what_cannot_be_orthogonalised_is_refused() -> None:
     a = slider("a", 0)
     with pytest.raises(EditError, match=r"unet\.mid\.to_q.*share a direction"):
         compose([a, a], method="orthogonalise")
-    many = [slider(f"s{seed}", seed) for seed in range(5)]
+    many = [slider(f"s{seed}", seed, modules=["mid.to_q"]) for seed in range(5)]
     with pytest.raises(EditError, match="rank=2"):
         compose(many, method="orthogonalise")
     compose(many, method="orthogonalise", rank=2)
+
+
+def test_a_side_too_narrow_for_all_stays_and_the_other_one_is_orthogonalised() -> None:
+    terms = [slider(f"s{seed}", seed, modules=["mid.to_k"]) for seed in range(5)]  # 12 × 20, ranks 15 in sum
+    found = []
+    for chosen in range(5):
+        scaled = [term @ float(place == chosen) for place, term in enumerate(terms)]
+        found.append(dense(compose(scaled, method="orthogonalise"))["unet.mid.to_k"])
+        own = dense(terms[chosen])["unet.mid.to_k"]
+        assert close(found[-1] @ found[-1].mT, own @ own.mT, 1e-4)  # writes as before
+        assert all((found[-1] @ other.mT).norm() < 1e-4 * own.norm() ** 2 for other in found[:-1])
 
 
 # Averages
