@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jvp
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from geoedit.errors import EditError
@@ -27,6 +27,7 @@ from geoedit.sliders.evaluation.measures import RESIDUAL, Measure
 from geoedit.sliders.evaluation.prepare import prepare
 from geoedit.sliders.evaluation.work import Series, Work
 from geoedit.sliders.slider import Slider
+from manifolds.forward_mode import WrittenOut
 
 REACH = 0.5
 """The scales below and above 0 at which the derivative along the path is taken."""
@@ -263,21 +264,20 @@ def _path(
 ) -> tuple[Float[Tensor, "scales rows *shape"], Float[Tensor, "scales rows *shape"]]:
     """Clean latents at some scales, and their exact derivatives by the scale."""
     size = work.painter.how.batch_size
-    found = []
+    latents, tangents = [], []
     for scale in scales:
         at = torch.tensor(scale, device=work.painter.base.device, dtype=torch.float32)
         for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-
-            def sample(here: Tensor, part: Any = part) -> Tensor:
-                return work.painter.latents(part, [(label, here)])
-
-            # The fused attention kernels know no forward mode.
-            with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-                found.append(jvp(sample, (at,), (torch.ones_like(at),)))
-    latents, tangents = (torch.cat(each) for each in zip(*found, strict=True))
+            # Dual numbers rather than torch.func: schedulers turn their own tensors into numpy's meanwhile.
+            # The fused attention kernels know no forward mode, and some norms want help in it.
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), WrittenOut(), torch.no_grad():
+                here = forward_ad.make_dual(at, torch.ones_like(at))
+                found = work.painter.latents(rows[first : first + size], [(label, here)])
+                value, tangent = forward_ad.unpack_dual(found)
+                latents.append(value)
+                tangents.append(torch.zeros_like(value) if tangent is None else tangent)
     shape = (len(scales), len(rows))
-    return latents.unflatten(0, shape), tangents.unflatten(0, shape)
+    return torch.cat(latents).unflatten(0, shape), torch.cat(tangents).unflatten(0, shape)
 
 
 def _attribute_slopes(

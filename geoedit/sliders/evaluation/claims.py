@@ -131,7 +131,7 @@ def worded(prompt: str, word: str) -> str:
         place = min((prompt.index(f" {said}") for said in later), default=len(prompt))
         return f"{prompt[:place]} {word}{prompt[place:]}"
     rest = tokens[1:] if tokens and tokens[0] in ("a", "an") else tokens
-    place = next((i for i, token in enumerate(rest) if order.get(token, 9) > order[word]), len(rest))
+    place = next((i for i, token in enumerate(rest) if order.get(token, -1) > order[word]), len(rest))
     place = min(place, next((i for i, token in enumerate(rest) if token in (*CLASSES, "shape")), place))
     if place > 0 and rest[place - 1] == "very":
         place -= 1

@@ -5,6 +5,7 @@ import torch
 
 from geoedit.sliders import ModuleChange, Slider
 from geoedit.sliders.bases import base_of
+from geoedit.sliders.evaluation.drawing import Painter
 from geoedit.testbeds.shapes import ATTRIBUTES, render
 from manifolds import LowRank
 
@@ -26,7 +27,7 @@ def hand_made(pipe, name="size", size=1.0, seed=0, rank=2, **details):
     return Slider(name, {base.component: changes}, details=details)
 
 
-class Drawn:
+class Drawn(Painter):
     """Takes the place of `Painter`: a slider moves rendered shapes by a rule that the test writes.
 
     `rule(label, scale)` gives the change of each attribute in natural standard deviations.
