@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.concept_sliders.specs import held_out
+
 COLUMNS = {
     "spearman": "ρ",
     "spearman_safe": "ρ, safe range",
@@ -67,7 +69,8 @@ def write(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
         "# Do the sliders do what they should?",
         "",
         "Text sliders of the drawn shapes, trained on contexts of words and scored on held-out prompts:",
-        f"{', '.join(f'“{prompt}”' for prompt in settings['prompts'])}; {settings['noises']} noises each,",
+        f"{', '.join(f'“{prompt}”' for prompt in held_out('size')[: settings['prompts']])} (without the words of",
+        f"the slider's own attribute); {settings['noises']} noises each,",
         f"{settings['sampling_steps']} sampling steps, guidance {settings['guidance']}.",
         "Every attribute is read off the image by render and compare; sd means one natural standard",
         "deviation of the attribute. Made by `python -m experiments.concept_sliders`.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from geoedit.sliders import SliderSpec
+from geoedit.testbeds.shapes.card import phrase
 
 ENDS = {
     "size": ("very small", "very large"),
@@ -25,12 +26,24 @@ CONTEXT = {
 ORDER = ("size", "thickness", "brightness", "hue", "shape", "rotation")
 
 HELD_OUT = (
-    "an orange bar on the left",
-    "a bright green ellipse at the top",
-    "a dark cyan diamond rising",
-    "a thick blue shape on the right",
+    ("bar", {"hue": "orange", "x": "on the left"}),
+    ("ellipse", {"brightness": "bright", "hue": "green", "y": "at the top"}),
+    ("diamond", {"brightness": "dark", "hue": "cyan", "rotation": "rising"}),
+    ("shape", {"thickness": "thick", "hue": "blue", "x": "on the right"}),
 )
-"""Prompts of which none, as it stands, is among the training prompts."""
+"""What the prompts for scoring say; as they stand none is among the training prompts."""
+
+
+def held_out(attribute: str) -> tuple[str, ...]:
+    """The prompts that a slider is scored on: they leave its own attribute unsaid.
+
+    >>> held_out("hue")[:2]
+    ('a bar on the left', 'a bright ellipse at the top')
+    """
+    return tuple(
+        phrase({name: word for name, word in said.items() if name != attribute}, noun)
+        for noun, said in HELD_OUT
+    )
 
 
 def spec(attribute: str) -> SliderSpec:

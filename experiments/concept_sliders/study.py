@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import geoedit
-from experiments.concept_sliders.specs import HELD_OUT, plain_spec, spec
+from experiments.concept_sliders.specs import held_out, plain_spec, spec
 from geoedit import sliders
 from geoedit.edits.io import write_whole
 from geoedit.sliders import Slider
@@ -30,9 +30,11 @@ class Settings:
         attributes: one slider each.
         seeds: of training.
         published_seeds: of the published trainer's sliders, which take longer.
+        flow_seeds: of training the flow-matching pipeline, whose passes take four times as long.
         steps: of our training.
+        slider_guidance: how far our sliders' scale 1 goes along the difference of the two words.
         published_steps: of the published trainer.
-        prompts: held out from training.
+        prompts: how many of the held-out prompts.
         noises: seeds of the images' noise.
         scales: where images are drawn.
         sampling_steps: of every image.
@@ -40,12 +42,14 @@ class Settings:
     """
 
     families: tuple[str, ...] = ("unet", "flow")
-    attributes: tuple[str, ...] = ("size", "thickness", "brightness", "rotation")
+    attributes: tuple[str, ...] = ("size", "thickness", "brightness", "hue")
     seeds: int = 5
+    flow_seeds: int = 2
     published_seeds: int = 1
-    steps: int = 300
+    steps: int = 200
+    slider_guidance: float = 1.0
     published_steps: int = 100
-    prompts: tuple[str, ...] = HELD_OUT
+    prompts: int = 4
     noises: int = 4
     scales: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
     sampling_steps: int = 20
@@ -58,7 +62,7 @@ SMALL = Settings(
     seeds=1,
     published_seeds=0,
     steps=40,
-    prompts=HELD_OUT[:2],
+    prompts=2,
     noises=2,
     sampling_steps=10,
 )
@@ -72,13 +76,16 @@ def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
         pipe = geoedit.testbeds.load(f"shapes-{family}")
         for attribute in settings.attributes:
             for trainer in TRAINERS:
-                count = settings.seeds if trainer == "ours" else settings.published_seeds
-                if trainer == "published" and family != "unet":
-                    continue  # the published loss is written for predictions of noise
-                for seed in range(count):
+                for seed in range(_seeds(settings, family, trainer)):
                     place = folder / family / f"{attribute}-{trainer}-{seed}"
                     rows += _measured(settings, pipe, family, attribute, trainer, seed, place)
     return rows
+
+
+def _seeds(settings: Settings, family: str, trainer: str) -> int:
+    if trainer == "ours":
+        return settings.seeds if family == "unet" else settings.flow_seeds
+    return settings.published_seeds if family == "unet" else 0  # its loss is written for predictions of noise
 
 
 def _measured(
@@ -95,7 +102,7 @@ def _measured(
     result = sliders.evaluate(
         pipe,
         {attribute: slider},
-        prompts=settings.prompts,
+        prompts=held_out(attribute)[: settings.prompts],
         seeds=settings.noises,
         scales=settings.scales,
         attributes={attribute: attribute},
@@ -145,7 +152,11 @@ def _trained(
         spec(attribute) if ours else plain_spec(attribute),
         steps=settings.steps if ours else settings.published_steps,
         generator=torch.Generator().manual_seed(seed),
-        **({} if ours else {"published": True, "published_timestep": "off"}),
+        **(
+            {"guidance": settings.slider_guidance}
+            if ours
+            else {"published": True, "published_timestep": "off"}
+        ),
     )
     seconds = time.process_time() - began
     slider.save(file)
