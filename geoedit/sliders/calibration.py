@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -124,8 +124,8 @@ def _along(value: Scale, inputs: tuple[float, ...], outputs: tuple[float, ...]) 
     """Piecewise linear, the end pieces going on for ever."""
     if not isinstance(value, Tensor):
         exact = torch.tensor(float(value), dtype=torch.float64)
-        return cast(Scale, float(_along(exact, inputs, outputs)))
+        return float(_along(exact, inputs, outputs))
     knots, levels = value.new_tensor(inputs), value.new_tensor(outputs)
     piece = torch.bucketize(value.detach(), knots[1:-1].contiguous(), right=True)
     slope = (levels[1:] - levels[:-1]) / (knots[1:] - knots[:-1])
-    return cast(Scale, levels[piece] + (value - knots[piece]) * slope[piece])
+    return levels[piece] + (value - knots[piece]) * slope[piece]

@@ -97,7 +97,7 @@ class Painter:
         how: How,
         *,
         cache: Path | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], Any] | None = None,
     ) -> None:
         self.base, self.sliders, self.how, self.cache = base, dict(sliders), how, cache
         # A sweep leaves the safe range on purpose: nothing to warn of.
@@ -175,8 +175,8 @@ class Painter:
         base, how = self.base, self.how
         labels = [label for label, _ in scaled]
         terms = [(self._plain[label], scale) for label, scale in scaled]
-        window = {"start": how.start, "stop": how.stop}
-        with together(base.pipe, terms, **window) if terms else contextlib.nullcontext():
+        at_work = together(base.pipe, terms, start=how.start, stop=how.stop) if terms else None
+        with at_work or contextlib.nullcontext():
             fresh = self._moves_words(labels)
             prompts = [prompt for prompt, _ in rows]
             words = base.encode(prompts) if fresh else self._encode(prompts)

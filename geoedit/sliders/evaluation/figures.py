@@ -65,8 +65,8 @@ def ranges(axes: Axes, evaluation: Evaluation) -> None:
         raise EditError("no safe range was asked for: evaluate(..., safe_range=True)")
     for place, label in enumerate(shown):
         for which, marker, colour in (("predicted", "o", COLOURS[0]), ("observed", "s", COLOURS[1])):
-            found = evaluation.ranges[label].get(which)
-            for end, bounds in zip(("low", "high"), (found or {}).get("interval", ()), strict=False):
+            found = evaluation.ranges[label].get(which, {})
+            for end, bounds in zip(("low", "high"), found.get("interval", ()), strict=False):
                 x = place + (0.1 if which == "observed" else -0.1)
                 value = found[end]
                 if value is not None and np.isfinite(value):
