@@ -19,6 +19,8 @@ from geoedit.sliders import Slider
 
 log = logging.getLogger(__name__)
 TRAINERS = ("ours", "published")
+EXTENT = ("families", "attributes", "seeds", "flow_seeds", "published_seeds")
+"""Settings that decide how many sliders there are, and nothing about one of them."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for family in settings.families:
         pipe = geoedit.testbeds.load(f"shapes-{family}")
-        for attribute in settings.attributes:
-            for trainer in TRAINERS:
-                for seed in range(_seeds(settings, family, trainer)):
-                    place = folder / family / f"{attribute}-{trainer}-{seed}"
-                    rows += _measured(settings, pipe, family, attribute, trainer, seed, place)
+        wanted = [
+            (seed, attribute, trainer)
+            for trainer in TRAINERS
+            for seed in range(_seeds(settings, family, trainer))
+            for attribute in settings.attributes
+        ]
+        for seed, attribute, trainer in sorted(wanted):  # every attribute once before any comes again
+            place = folder / family / f"{attribute}-{trainer}-{seed}"
+            rows += _measured(settings, pipe, family, attribute, trainer, seed, place)
     return rows
 
 
@@ -92,7 +98,10 @@ def _measured(
     settings: Settings, pipe: Any, family: str, attribute: str, trainer: str, seed: int, place: Path
 ) -> list[dict[str, Any]]:
     """The rows of one slider, from the folder if they are there."""
-    kept, asked = place / "rows.json", json.loads(json.dumps(asdict(settings)))
+    kept = place / "rows.json"
+    asked = {
+        name: value for name, value in json.loads(json.dumps(asdict(settings))).items() if name not in EXTENT
+    }
     if kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["settings"] == asked:
