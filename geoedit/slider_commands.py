@@ -286,7 +286,7 @@ def _compose(sliders: list[str], out: Path, form: str, as_json: bool, options: d
     writable(out.parent)
     terms = [_load(file) @ scale for file, scale in map(read_term, sliders)]
     slider = composed(terms, **options)
-    slider.save(out, format=form)  # type: ignore[arg-type]
+    slider.save(out, format=form)
     ranks = sorted({change.matrix.rank for _, _, change in slider})
     if as_json:
         _say({"file": str(out), "name": slider.name, "modules": len(slider), "ranks": ranks})
@@ -345,7 +345,7 @@ def _card(
         from geoedit.sliders.evaluation.result import Evaluation
 
         known = measured(known, Evaluation.load(evaluation))
-    row, columns = None, []
+    row, columns = None, list[float]()
     if model is not None:
         pipe, _ = load_base(model, dtype=dtype, device=device, language=set(known.changes) == {"model"})
         row, columns = _row(pipe, known, wanted, seed)

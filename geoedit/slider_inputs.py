@@ -31,21 +31,22 @@ def load_base(
     Raises:
         EditError: there is no such model, or it can't be read.
     """
-    from geoedit.loading import check_device, check_hub_id, dtype_of, load_model
+    from geoedit.loading import DTYPES, check_device, check_hub_id, dtype_of, load_model
     from geoedit.testbeds import PIPELINES, TESTBEDS
 
     check_device(device)
+    kind = dtype_of(dtype)
     path = Path(name).expanduser()
     if (
         name in TESTBEDS
         or (path / "config.json").is_file()
         or (language and not path.exists() and name not in PIPELINES)
     ):
-        return load_model(name, dtype=dtype_of(dtype), device=device)
+        return load_model(name, dtype=kind, device=device)
     if name in PIPELINES:
         from geoedit.testbeds import load
 
-        return load(name, dtype=dtype_of(dtype or "float32"), device=device), None
+        return load(name, dtype=DTYPES[dtype or "float32"], device=device), None
     if path.exists() and not (path / "model_index.json").is_file():
         raise EditError(
             f"{path} has no model_index.json, so that it is no folder of a diffusers pipeline; write one "
@@ -53,7 +54,7 @@ def load_base(
         )
     if not path.exists():
         check_hub_id(name, PIPELINES + TESTBEDS)
-    return _pipeline(str(path) if path.exists() else name, dtype_of(dtype or "float32"), device), None
+    return _pipeline(str(path) if path.exists() else name, DTYPES[dtype or "float32"], device), None
 
 
 def _pipeline(source: str, dtype: Any, device: str) -> Any:
