@@ -145,8 +145,8 @@ def test_evaluate_writes_a_page_and_tells_the_sliders_file_and_card(place, tmp_p
     file.write_bytes((place / "run" / "size.safetensors").read_bytes())
     found = call(
         "evaluate", file, "--model", place / "pipe", "--prompt", "a red circle", "--seeds", 1,
-        
-        "--scales", "-1,0,1", "--steps", 2, "--no-safe-range", "--keep", "--out", tmp_path / "out", "--json", "--quiet",
+        "--scales", "-1,0,1", "--steps", 2, "--no-safe-range", "--keep", "--out", tmp_path / "out",
+        "--json", "--quiet",
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
