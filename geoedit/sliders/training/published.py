@@ -13,7 +13,7 @@ from geoedit.sliders.bases.base import Base
 from geoedit.sliders.spec import SliderSpec
 from geoedit.sliders.training.adapters import row_scales
 from geoedit.sliders.training.task import Batch, Task
-from geoedit.sliders.training.text import encode_prompts, resolved
+from geoedit.sliders.training.text import encode_prompts, resolved, squared_error
 from geoedit.sliders.training.trajectories import frozen, integers, normal
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class PublishedTask(Task):
                 self.conditioning.rows(batch["prompt"]),
                 guidance=self.settings.trajectory_guidance,
             )
-        return (output.float() - batch["target"].float()).square().flatten(1).mean(1)
+        return squared_error(output, batch["target"])
 
     def describe(self, batch: Batch, row: int) -> str:
         """Timestep and prompt of a row."""

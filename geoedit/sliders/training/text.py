@@ -129,8 +129,8 @@ class TextTask(Task):
                 self.conditioning.rows(batch["prompt"]),
                 guidance=self.settings.trajectory_guidance,
             )
-        error = (output.float() - batch["target"].float()).square().flatten(1).mean(1)
-        return batch["weight"].float() * error
+        error = squared_error(output, batch["target"])
+        return batch["weight"] * error
 
     def describe(self, batch: Batch, row: int) -> str:
         """Timestep, scale and prompt of a row."""
@@ -233,6 +233,12 @@ class TextTask(Task):
         if wanted == 4:
             found |= {"stay": stay, "stayed": said[3]}
         return Batch(found)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Float[Tensor, " rows"]:
+    """Mean square of each row's error, in single precision at least."""
+    wide = torch.promote_types(output.dtype, torch.float32)
+    return (output.to(wide) - target.to(wide)).square().flatten(1).mean(1)
 
 
 def encode_prompts(
