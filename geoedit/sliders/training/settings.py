@@ -67,7 +67,7 @@ class TrainSettings:
     clip: float | int = 1.0
     optimizer: Literal["adamw", "low_rank_adam"] = "adamw"
     average: float | int = 0.0
-    guidance: float | int = 2.0
+    guidance: float | int = 1.0
     scale_max: float | int = 1.0
     scale_law: Literal["uniform", "ends"] = "uniform"
     bipolar: bool = True
