@@ -151,7 +151,7 @@ def _read_safetensors(path: Path, name: str) -> Tensor:
 
 def _open_torch(path: Path) -> TensorFile:
     mapped = zipfile.is_zipfile(path)
-    content = _load_torch(path, mapped)
+    content = load_torch(path, mapped)
     keep = None if mapped else content  # the old format cannot be mapped: it is read once, as a whole
     tensors = {
         name: Stored(
@@ -166,10 +166,15 @@ def _open_torch(path: Path) -> TensorFile:
 
 
 def _read_torch(path: Path, name: str) -> Tensor:
-    return _load_torch(path, mapped=True)[name]
+    return load_torch(path, mapped=True)[name]
 
 
-def _load_torch(path: Path, mapped: bool) -> dict[str, Tensor]:
+def load_torch(path: Path, mapped: bool) -> dict[str, Tensor]:
+    """All tensors of a torch file by name, mapped into memory or read.
+
+    Raises:
+        UpdateError: a file that is cut off, or a pickle that is not plain tensors.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as unsafe:

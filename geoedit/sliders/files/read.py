@@ -21,7 +21,7 @@ from geoedit.sliders.slider import ModuleChange, Slider
 from manifolds import LowRank
 from peft_analysis.errors import UpdateError
 from peft_analysis.updates import WeightUpdate, read_update
-from peft_analysis.updates.files import TensorFile, open_file
+from peft_analysis.updates.files import TORCH, Stored, TensorFile, load_torch, open_file
 from peft_analysis.updates.kohya import is_adapter_file, read_adapter_file
 
 
@@ -45,12 +45,23 @@ def load(path: str | PathLike[str], pipe: Any = None) -> Slider:
     source = Path(path).expanduser()
     try:
         folder = source.is_dir() and (source / PEFT_CONFIG).is_file()
-        file = open_file(_file_in(source))
+        file = _at_once(open_file(_file_in(source)))
         if HEADER in file.metadata:
             return _ours(file, pipe)
         return _foreign(file, source if folder else None, pipe)
     except UpdateError as wrong:
         raise EditError(str(wrong)) from wrong
+
+
+def _at_once(file: TensorFile) -> TensorFile:
+    """A torch file with its tensors read together: each alone would go through the whole file again."""
+    if file.path.suffix not in TORCH:
+        return file
+    tensors = {
+        name: Stored(value.shape, value.dtype, value.detach)
+        for name, value in load_torch(file.path, mapped=False).items()
+    }
+    return replace(file, tensors=tensors)
 
 
 def _file_in(source: Path) -> Path:
