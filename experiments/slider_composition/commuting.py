@@ -16,7 +16,7 @@ from geoedit.algebra import commutator, overlap
 
 def commutations(lab: Lab, composed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every pair: overlap and commutator of weights, both orders in time, and additivity when together."""
-    labels, s = list(lab.settings.attributes), lab.settings.scale
+    labels, s = lab.settings.labels, lab.settings.scale
     pairs = list(combinations(labels, 2))
     cosines = overlap([lab.sliders[label] for label in labels])
     orders = [(lab.sliders[x], lab.sliders[y]) for a, b in pairs for x, y in ((a, b), (b, a))]

@@ -26,7 +26,7 @@ def alone(lab: Lab) -> list[dict[str, Any]]:
     changes, residuals = lab.effects(lab.sliders, [{label: at} for label in labels for at in (-s, s)])
     records = []
     for place, label in enumerate(labels):
-        attribute = lab.settings.twin if label == "twin" else label
+        attribute = lab.settings.twin[0] if label == "twin" else label
         low, high = changes[2 * place], changes[2 * place + 1]
         ends = mean(high - low, 0)
         own = NAMES.index(attribute)
@@ -45,7 +45,7 @@ def alone(lab: Lab) -> list[dict[str, Any]]:
 
 def groups(lab: Lab) -> list[dict[str, float]]:
     """Every pair with equal and with opposite signs, triples and all together."""
-    labels, s = list(lab.settings.attributes), lab.settings.scale
+    labels, s = lab.settings.labels, lab.settings.scale
     found = [{a: s, b: sign * s} for a, b in combinations(labels, 2) for sign in (1, -1)]
     signs = ((1, 1, 1), (1, -1, 1), (-1, 1, 1))
     for number, members in enumerate(combinations(labels, 3)):
@@ -58,7 +58,7 @@ def groups(lab: Lab) -> list[dict[str, float]]:
 
 def composed(lab: Lab, first_order: Interference) -> list[dict[str, Any]]:
     """All groups by all methods; a record for each."""
-    sliders = {label: lab.sliders[label] for label in lab.settings.attributes}
+    sliders = {label: lab.sliders[label] for label in lab.settings.labels}
     s = lab.settings.scale
     single, _ = lab.effects(sliders, [{label: at} for label in sliders for at in (-s, s)])
     each = {
@@ -137,11 +137,11 @@ def first_order(lab: Lab) -> Interference:
     known = lab.settings
     return interference(
         lab.pipe,
-        {label: lab.sliders[label] for label in known.attributes},
+        {label: lab.sliders[label] for label in known.labels},
         prompts=known.prompts,
         seeds=known.seeds,
         step=known.step,
-        attributes={label: label for label in known.attributes},
+        attributes={label: label for label in known.labels},
         steps=known.sampling_steps,
         guidance=known.guidance,
         batch_size=known.rows,

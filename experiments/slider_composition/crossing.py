@@ -20,8 +20,8 @@ from manifolds import LowRank
 def crossings(lab: Lab) -> list[dict[str, Any]]:
     """Every ordered pair in each gauge and in a random one, beside what both do alone."""
     s = lab.settings.scale
-    labels = list(lab.settings.attributes)
-    pairs = [*permutations(labels, 2), (lab.settings.twin, "twin"), ("twin", lab.settings.twin)]
+    labels, twin = lab.settings.labels, lab.settings.twin[0]
+    pairs = [*permutations(labels, 2), (twin, "twin"), ("twin", twin)]
     generator = torch.Generator().manual_seed(lab.settings.seed)
     made: dict[str, Slider] = dict(lab.sliders)
     told: list[tuple[str, str, str]] = []
@@ -42,8 +42,8 @@ def crossings(lab: Lab) -> list[dict[str, Any]]:
     for a, b, gauge in told:
         key = f"{a} × {b}, {gauge}"
         effect, left, right = (mean(ends[label], 0) for label in (key, a, b))
-        written = NAMES.index(lab.settings.twin if a == "twin" else a)
-        read = NAMES.index(lab.settings.twin if b == "twin" else b)
+        written = NAMES.index(twin if a == "twin" else a)
+        read = NAMES.index(twin if b == "twin" else b)
         records.append(
             {
                 "writes": a,

@@ -32,7 +32,7 @@ class Lab:
 
     Attributes:
         pipe: the pipeline.
-        sliders: by attribute; "twin" is a second one of `Settings.twin`.
+        sliders: by attribute; "twin" is the one of `Settings.twin`.
         settings: of the study.
         cache: a folder for pictures, or None.
     """
@@ -45,11 +45,9 @@ class Lab:
     @classmethod
     def of(cls, pipe: Any, name: str, settings: Settings) -> Lab:
         """Train the sliders of a pipeline, or take them from the cache."""
-        # One seed for each: sliders of one seed begin with the same right factors, and keep much of them.
-        seeds = {label: settings.seed + n for n, label in enumerate((*settings.attributes, "twin"))}
+        wanted = {name: (name, seed) for name, seed in settings.attributes} | {"twin": settings.twin}
         sliders = {}
-        for label, seed in seeds.items():
-            attribute = settings.twin if label == "twin" else label
+        for label, (attribute, seed) in wanted.items():
             place = None if settings.cache is None else settings.cache / name / f"{label}.safetensors"
             if place is not None and place.is_file():
                 sliders[label] = load(place)
@@ -60,6 +58,7 @@ class Lab:
                 spec(attribute),
                 steps=settings.training_steps,
                 batch_size=settings.batch_size,
+                guidance=settings.slider_guidance,
                 generator=torch.Generator().manual_seed(seed),
                 show=False,
             )

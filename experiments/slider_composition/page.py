@@ -27,15 +27,17 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _opening(found: Mapping[str, Any]) -> str:
     known = found["settings"]
+    names = ", ".join(name for name, _ in known["attributes"])
     return f"""# Sliders together
 
-`python -m experiments.slider_composition`: for each attribute of {", ".join(known["attributes"])}
-a slider is trained on the shapes pipelines ({known["training_steps"]} steps of {known["batch_size"]} rows,
-words of the other attributes preserved). Then all pairs, triples and all five are composed, all ordered pairs
-crossed, and all pairs put one after the other. Images: {len(known["prompts"])} prompts that training did not
-see × {len(known["seeds"])} seeds, {known["sampling_steps"]} steps, guidance {known["guidance"]:g};
-attributes are measured by fitting the renderer. All changes are against the same noise without a slider;
-ranges go from −{known["scale"]:g} to {known["scale"]:g} of the slider's own scale.
+`python -m experiments.slider_composition`: a slider is trained on the shapes pipelines for each attribute of
+{names} ({known["training_steps"]} steps of {known["batch_size"]} rows,
+guidance {known["slider_guidance"]:g}, words of the other attributes preserved, each from a seed of its own).
+Then all pairs, triples and all of them are composed, all ordered pairs crossed, and all pairs put one after
+the other. Images: {len(known["prompts"])} prompts that training did not see × {len(known["seeds"])} seeds,
+{known["sampling_steps"]} steps, guidance {known["guidance"]:g}; attributes are measured by fitting the renderer.
+All changes are against the same noise without a slider; ranges go from −{known["scale"]:g} to
+{known["scale"]:g} of the slider's own scale.
 
 ![Interference, additivity and crossings](slider_composition.png)"""
 
@@ -84,7 +86,7 @@ def _alone(family: Mapping[str, Any]) -> str:
             f"{row['residual']:.3f} |"
         )
     if any(row["slider"] == "twin" for row in family["alone"]):
-        lines += ["", "*twin*: a second slider of the same attribute as the first row's, from another seed."]
+        lines += ["", "*twin*: a second slider of an attribute, from another seed."]
     return "\n".join(lines)
 
 

@@ -36,9 +36,9 @@ def slider(pipe: Any, name: str, seed: int) -> Slider:
 @pytest.fixture(scope="module")
 def lab() -> Lab:
     pipe = geoedit.testbeds.load("shapes-unet")
-    attributes = ("size", "hue")
+    attributes = (("size", 0), ("hue", 1))
     settings = replace(Settings(), attributes=attributes, prompts=("a bar",), seeds=(0, 1), sampling_steps=2)
-    sliders = {name: slider(pipe, name, seed) for seed, name in enumerate((*attributes, "twin"))}
+    sliders = {name: slider(pipe, name, seed) for seed, name in enumerate(("size", "hue", "twin"))}
     return Lab(pipe, sliders, settings)
 
 
