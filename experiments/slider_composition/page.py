@@ -35,8 +35,8 @@ def _opening(found: Mapping[str, Any]) -> str:
 guidance {known["slider_guidance"]:g}, words of the other attributes preserved, each from a seed of its own).
 Then all pairs, triples and all of them are composed, all ordered pairs crossed, and all pairs put one after
 the other. Images: {len(known["prompts"])} prompts that training did not see × {len(known["seeds"])} seeds,
-{known["sampling_steps"]} steps, guidance {known["guidance"]:g}; attributes are measured by fitting the renderer.
-All changes are against the same noise without a slider; ranges go from −{known["scale"]:g} to
+{known["sampling_steps"]} steps, guidance {known["guidance"]:g}; attributes are measured by fitting the
+renderer. All changes are against the same noise without a slider; ranges go from −{known["scale"]:g} to
 {known["scale"]:g} of the slider's own scale.
 
 ![Interference, additivity and crossings](slider_composition.png)"""
