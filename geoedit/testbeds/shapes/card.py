@@ -28,6 +28,10 @@ ENDS: Mapping[str, tuple[str, str]] = {
 """For each attribute a word for a low value and one for a high value."""
 STEPS = 25
 GUIDANCE = 3.0
+RESTORED = 128
+"""Shapes that the autoencoder alone is tried on."""
+EACH_DIGIT = 8
+"""Images of each digit."""
 
 
 def phrase(words: Mapping[str, str], noun: str) -> str:
@@ -51,7 +55,7 @@ def phrase(words: Mapping[str, str], noun: str) -> str:
 
 def contexts(count: int, *, generator: torch.Generator) -> list[tuple[dict[str, str], str]]:
     """Draw what else a prompt says: each attribute at an end or, as often, not at all; and a noun."""
-    choices = torch.randint(4, (count, len(ATTRIBUTES)), generator=generator).tolist()
+    choices = torch.randint(4, (count, len(ENDS)), generator=generator).tolist()
     nouns = torch.randint(len(CLASSES), (count,), generator=generator).tolist()
     said = [
         {name: ENDS[name][choice] for name, choice in zip(ENDS, row, strict=True) if choice < 2}
@@ -121,7 +125,7 @@ def make_card(pipe: Any, *, prompts: int = 24, seed: int = 1_000_003) -> dict[st
             "residual": _quantiles(torch.cat(residual)),
             "relative_residual": _quantiles(torch.cat(relative)),
         },
-        "digits": _digits(pipe, 8, generator),
+        "digits": _digits(pipe, EACH_DIGIT, generator),
     }
 
 
@@ -132,20 +136,21 @@ def _followed(name: str, values: Tensor) -> dict[str, Any]:
     low, high = ((values - middle) / attribute.natural_sd).chunk(2)
     known = ~(low + high).isnan()
     gap = (high - low)[known]
+    spread = gap.std() if len(gap) > 1 else gap.new_tensor(torch.nan)
     told = [12**0.5 * (sum(attribute.words[word]) / 2 - 0.5) for word in ENDS[name]]
     return {
         "words": list(ENDS[name]),
         "told": [round(value, 2) for value in told],
         "mean": [_round(low.nanmean()), _round(high.nanmean())],
         "range": _round(gap.mean()),
-        "standard_error": _round(gap.std() / max(1, len(gap)) ** 0.5),
+        "standard_error": _round(spread / max(1, len(gap)) ** 0.5),
         "right_way": _round((gap > 0).float().mean()),
     }
 
 
 def _restored(pipe: Any, generator: torch.Generator) -> dict[str, Any]:
     """What the autoencoder alone makes of shapes: how far pixels and attributes move."""
-    parameters, kinds = sample(128, generator=generator, device=pipe.vae.device)
+    parameters, kinds = sample(RESTORED, generator=generator, device=pipe.vae.device)
     images = render(parameters, kinds)
     with torch.no_grad():
         latents = pipe.vae.encode((images * 2 - 1).to(pipe.vae.dtype)).latent_dist.mean
