@@ -40,7 +40,7 @@ class WrittenOut(TorchFunctionMode):
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """x σ(x), never in place."""
+    """The product x σ(x), never in place."""
     return input * torch.sigmoid(input)
 
 
