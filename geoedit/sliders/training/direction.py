@@ -21,7 +21,7 @@ from geoedit.edits.io import to_json, write_whole
 from geoedit.errors import EditError
 from geoedit.sliders.bases.base import Base
 from geoedit.sliders.bottleneck import Bottleneck, captured, find_bottleneck, shifted
-from geoedit.sliders.training.regression import RegressionTask, encoded, loss_weights
+from geoedit.sliders.training.regression import TOGETHER, RegressionTask, encoded, loss_weights
 from geoedit.sliders.training.task import Batch
 from geoedit.sliders.training.trajectories import normal, uniform
 
@@ -265,15 +265,17 @@ class DirectionTask(RegressionTask):
         now = times[step.to(base.device)].repeat_interleave(2)
         both = torch.stack([scales[sample], -scales[sample]], 1).flatten().to(base.device)
         told = which[sample].repeat_interleave(2).to(base.device)
-        with self.direction.on(base.denoiser, both):
-            targets = self.frozen(x, now, told)
+        targets = []
+        for rows in torch.arange(len(x), device=base.device).split(TOGETHER):
+            with self.direction.on(base.denoiser, both[rows]):
+                targets.append(self.frozen(x[rows], now[rows], told[rows]))
         return Batch(
             {
                 "latents": x,
                 "times": now,
                 "prompts": told,
                 "scales": both,
-                "targets": targets,
+                "targets": torch.cat(targets),
                 "weights": loss_weights(base, now, settings.min_snr),
             }
         )
