@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     parser.add_argument("--small", action="store_true", help="a slice that takes a minute")
     parser.add_argument("--family", choices=("unet", "flow"), help="one family only, to share the work")
-    parser.add_argument("--seeds", type=int, help="of training, instead of 5 and 2")
+    parser.add_argument("--seeds", type=int, help="of training, instead of 5")
+    parser.add_argument("--flow-seeds", type=int, help="the same for the flow-matching pipeline, instead of 2")
     parser.add_argument("--results", type=Path, help="where the page goes; docs/results for a whole run")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -34,7 +35,9 @@ def main(arguments: list[str] | None = None) -> Path:
     if given.family:
         settings = replace(settings, families=(given.family,))
     if given.seeds:
-        settings = replace(settings, seeds=given.seeds, flow_seeds=given.seeds)
+        settings = replace(settings, seeds=given.seeds)
+    if given.flow_seeds:
+        settings = replace(settings, flow_seeds=given.flow_seeds)
     rows = run(settings, given.folder)
     whole = not given.small and not given.family
     results = given.results or (RESULTS if whole else given.folder)
