@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--small", action="store_true", help="a slice that takes a minute")
     parser.add_argument("--family", choices=("unet", "flow"), help="one family only, to share the work")
     parser.add_argument("--seeds", type=int, help="of training, instead of 5")
-    parser.add_argument("--flow-seeds", type=int, help="the same for the flow-matching pipeline, instead of 2")
+    parser.add_argument("--flow-seeds", type=int, help="the same for shapes-flow, instead of 2")
     parser.add_argument("--results", type=Path, help="where the page goes; docs/results for a whole run")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
