@@ -60,7 +60,7 @@ class Study:
 
     pipelines: Sequence[str] = ("shapes-unet",)
     attributes: Sequence[str] = ("size", "brightness")
-    seeds: Sequence[int] = (0, 1)
+    seeds: Sequence[int] = (0,)
     steps: int = 100
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=arms)
     prompts: Sequence[str] = ("a shape", "a green bar")

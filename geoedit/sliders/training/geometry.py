@@ -18,7 +18,7 @@ from geoedit.sliders.training.adapters import adapter_off
 from manifolds import ManifoldError
 from manifolds.optim import LowRankAdam
 
-LEARNING_RATES: Mapping[str, float] = {"adamw": 2e-3, "low_rank_adam": 5e-3}
+LEARNING_RATES: Mapping[str, float] = {"adamw": 2e-3, "low_rank_adam": 1e-3}
 """What each optimizer takes where the caller names no rate. Their units differ: see `make_optimizer`."""
 
 TOGETHER = 64

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geoedit.errors import EditError
 from geoedit.sliders.bases.base import Base
-from geoedit.sliders.training.regression import RegressionTask, loss_weights
+from geoedit.sliders.training.regression import RegressionTask
 from geoedit.sliders.training.task import Batch
 from geoedit.sliders.training.trajectories import integers, normal, uniform
 
@@ -120,7 +120,7 @@ def shapes_pairs(
     attribute: str,
     count: int,
     *,
-    levels: Sequence[float] = (-1.0, 0.0, 1.0),
+    levels: Sequence[float | int] = (-1.0, 0.0, 1.0),
     generator: torch.Generator,
 ) -> ImagePairs:
     """Drawn shapes at several levels of an attribute, in natural standard deviations, all else being equal.
@@ -148,17 +148,18 @@ def shapes_pairs(
 class PairTask(RegressionTask):
     r"""What leads from one level of an attribute to another, from pictures of the same things.
 
-    A thing has the clean latents \(x_a\) and \(x_b\) at two levels. Both get the same noise,
-    \(z = \alpha x + \sigma \varepsilon\), and the student at scale \(s = b - a\) is taught, at \(z_b\),
+    A thing has the clean latents \(x_a\) and \(x_b\) at two levels. At noised latents
+    \(z = \alpha x_a + \sigma \varepsilon\) the student at scale \(s = b - a\) is taught
 
-    .. math:: D_s(z_b) = D(z_a) + x_b - x_a,
+    .. math:: D_s(z) = D(z) + \kappa\,(x_b - x_a),
 
-    with \(D\) the frozen denoiser's clean latents. It is the denoiser of the pictures once each has been
-    carried from level a to b: exactly so where that is a shift. Where the noise hides the attribute the
-    slider moves the mean; where \(z_b\) shows it already the slider does nothing more, so that the steps of
-    sampling do not add up. What the frozen model gets wrong cancels, so that a slider learns nothing of the
-    pictures but their difference; and at scale 0 it is the frozen model. A denoiser of noise says at
-    \(z_b\) what the frozen one says at \(z_a\).
+    with \(D\) the frozen denoiser's clean latents. The least squares of it is
+    \(D + \kappa\,\mathrm E[x_b - x_a \mid z]\): the field of ways from level to level, as far as the noise
+    lets it be seen, and nothing else of the pictures, since the frozen model's own error stands on both
+    sides. Sampling follows that field while the noise falls: a step from \(\rho = \sigma / \alpha\) to
+    \(\rho'\) goes the share \(1 - \rho' / \rho\) of what is added, so that
+    \(\kappa = 1 / \sum (1 - \rho' / \rho)\) over the steps makes one scale of one level, wherever the
+    picture follows its latents. Early on, where it does not, some of it is lost: see `calibrate`.
 
     The published image sliders (Gandikota et al. 2023) fit the drawn noise itself at each end; their rows
     carry all of the denoiser's own error.
@@ -197,22 +198,22 @@ class PairTask(RegressionTask):
         noise = normal(first.shape, generator, first)
         told = self._told(thing, generator).to(base.device).repeat_interleave(2)
         clean = torch.stack([first, second], 1).flatten(0, 1)
+        way = torch.stack([second - first, first - second], 1).flatten(0, 1)
         times = times.repeat_interleave(2)
         signal, amount = (level.to(clean) for level in base.levels(times))
         noisy = signal * clean + amount * noise.repeat_interleave(2, 0)
-        outputs = self.frozen(noisy, times, told)
-        back = torch.arange(2 * couples, device=base.device) ^ 1  # the other row of each couple
-        shift = clean - clean[back]
-        targets = outputs[back] + output_of_shift(base, times).to(shift) * shift
+        slope = output_by_clean(base, times)
+        targets = self.frozen(noisy, times, told) + self.share * slope.to(way) * way
         step = (pairs.levels[b] - pairs.levels[a]).to(clean)
+        ratio = (signal / amount).square().flatten()
         return Batch(
             {
                 "latents": noisy,
                 "times": times,
                 "prompts": told,
-                "scales": torch.stack([-step, step], 1).flatten(),
+                "scales": torch.stack([step, -step], 1).flatten(),
                 "targets": targets,
-                "weights": loss_weights(base, times, settings.min_snr),
+                "weights": (ratio.clamp_max(settings.min_snr) / slope.flatten().square()).nan_to_num(1.0),
             }
         )
 
@@ -228,6 +229,7 @@ class PairTask(RegressionTask):
                 f"{tuple(clean.shape[1:])}; the pipeline draws {base.latent_shape()}. Read them with size=…."
             )
         self.clean = clean.unflatten(0, images.shape[:2])
+        self.share = push(base, settings.trajectory_steps)
         super().prepare(settings, generator)
 
     def _times(self, count: int, settings: TrainSettings, generator: torch.Generator) -> Tensor:
@@ -244,21 +246,29 @@ class PairTask(RegressionTask):
         return torch.where(own, torch.tensor(self.own)[thing], shared)
 
 
-def output_of_shift(base: Base, times: Float[Tensor, " rows"]) -> Float[Tensor, "rows 1 1 1"]:
-    """How much the denoiser's output changes by when the clean latents do by one and the noise stays.
+def push(base: Base, steps: int) -> float:
+    """κ = 1 / Σ (1 − ρ′ / ρ) over the steps of sampling, ρ = σ / α, with ρ′ = 0 after the last."""
+    times = base.schedule(steps, base.latent_shape())
+    signal, noise = (level.flatten().double() for level in base.levels(times))
+    below = torch.cat([(noise / signal)[1:], noise.new_zeros(1)])
+    return 1 / float((1 - below * signal / noise).sum())
 
-    0 for noise, −σ for v = α ε − σ x, 1 for clean latents, −1 for the velocity ε − x of flow matching.
+
+def output_by_clean(base: Base, times: Float[Tensor, " rows"]) -> Float[Tensor, "rows 1 1 1"]:
+    """The derivative of a denoiser's output by the clean latents that it means, the noised ones being given.
+
+    −α / σ for noise, −(α² + σ²) / σ for v = α ε − σ x, 1 for clean latents, −(α + σ) / σ for ε − x.
     """
-    _, noise = base.levels(times)
+    signal, noise = base.levels(times)
     match base.prediction:
         case "epsilon":
-            return torch.zeros_like(noise)
+            return -signal / noise
         case "v_prediction":
-            return -noise
+            return -(signal.square() + noise.square()) / noise
         case "sample":
             return torch.ones_like(noise)
         case "flow":
-            return -torch.ones_like(noise)
+            return -(signal + noise) / noise
 
 
 def _number(name: str) -> float | None:

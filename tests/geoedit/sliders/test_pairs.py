@@ -7,7 +7,7 @@ from PIL import Image
 from geoedit.errors import EditError
 from geoedit.sliders.bases import base_of
 from geoedit.sliders.training.adapters import Adapters
-from geoedit.sliders.training.pairs import ImagePairs, PairTask, shapes_pairs
+from geoedit.sliders.training.pairs import ImagePairs, PairTask, push, shapes_pairs
 from geoedit.sliders.training.settings import TrainSettings
 from geoedit.testbeds.shapes.measure import measure
 from geoedit.testbeds.shapes.world import ATTRIBUTES
@@ -20,26 +20,54 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
-def test_targets_are_those_of_the_shifted_distribution(prediction):
-    """Pictures of N(m, Σ) carried by s·u are N(m + s·u, Σ), whose denoiser is known."""
+PREDICTIONS = ["epsilon", "v_prediction", "sample", "flow"]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_targets_mean_the_frozen_clean_latents_and_a_share_of_the_way(prediction):
     base = gaussian_base(prediction)
-    way = torch.zeros(SHAPE)
-    way[1] = 0.125
-    things = 0.25 + 0.5 * torch.rand(6, 1, *SHAPE, generator=seeded())
-    levels = torch.tensor([-1.0, 0.5, 2.0])
-    pairs = ImagePairs(things + levels[None, :, None, None, None] * way, levels)
-    task = PairTask(base, pairs, name="way")
+    images = torch.rand(6, 3, *SHAPE, generator=seeded())
+    levels = torch.tensor([-1.0, 0.5, 3.0])
+    task = PairTask(base, ImagePairs(images, levels))
     task.prepare(SMALL, seeded(1))
     kept = task.kept
     assert len(kept) == 24
-    assert set(kept["scales"].tolist()) <= {-3.0, -1.5, 1.5, 3.0}
+    assert set(kept["scales"].tolist()) <= {-4.0, -2.5, -1.5, 1.5, 2.5, 4.0}
     assert torch.equal(kept["scales"][::2], -kept["scales"][1::2])
-    latents = kept["latents"]
-    shifted = base.mean + kept["scales"][:, None] * way.flatten().double()
-    clean = base.posterior(latents, kept["times"], shifted)
-    exact = base.output(latents, kept["times"], clean)
-    torch.testing.assert_close(kept["targets"], exact, rtol=1e-5, atol=1e-5)
+    latents, times = kept["latents"], kept["times"]
+    change = base.clean(latents, times, kept["targets"]) - base.posterior(latents, times, base.mean)
+    ways = {
+        float(levels[b] - levels[a]): images[:, b] - images[:, a]
+        for a in range(3)
+        for b in range(3)
+        if a != b
+    }
+    for row, scale in enumerate(kept["scales"].tolist()):
+        off = (change[row] - push(base, 4) * ways[scale]).flatten(1).norm(dim=1)
+        assert float(off.min()) < 1e-3  # one of the six things
+    torch.testing.assert_close(change[::2], -change[1::2], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_sampling_that_is_pushed_at_every_step_goes_the_whole_way(prediction):
+    """Where the pictures leave a direction free (a wide normal distribution), scale 1 moves by one."""
+    base = gaussian_base(prediction)
+    base.covariance = 1e8 * torch.eye(12, dtype=torch.float64)
+    way = torch.randn(SHAPE, generator=seeded(2), dtype=torch.float64)
+    noise = torch.randn(3, *SHAPE, generator=seeded(3), dtype=torch.float64)
+    told, plain = base.encode([""] * 3), base.predict
+
+    def drawn():
+        return base.sample(told, steps=12, guidance=1.0, noise=noise)[0]
+
+    before = drawn()
+
+    def pushed(latents, times, conditioning, **options):
+        clean = base.clean(latents, times, plain(latents, times, conditioning))
+        return base.output(latents, times, clean + push(base, 12) * way)
+
+    base.predict = pushed
+    torch.testing.assert_close(drawn() - before, way.expand(3, *SHAPE), rtol=0, atol=0.08)
 
 
 def test_a_slider_that_says_so_has_no_loss(monkeypatch):
