@@ -37,6 +37,9 @@ NAMES = (
     "intruder_scan",
     "update_merging",
     "streamed_checkpoints",
+    "slider_training",
+    "slider_inference",
+    "slider_gpu",
     "growth",
 )
 PACKAGES = (
@@ -45,6 +48,7 @@ PACKAGES = (
     "pymanopt",
     "stochman",
     "scikit-dimension",
+    "diffusers",
     "peft",
     "weightwatcher",
     "safetensors",
