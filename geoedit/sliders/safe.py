@@ -29,8 +29,10 @@ from geoedit.sliders.evaluation.work import Series, Work
 from geoedit.sliders.slider import Slider
 from manifolds.forward_mode import WrittenOut
 
-REACH = 0.5
-"""The scales below and above 0 at which the derivative along the path is taken."""
+REACH = 1.0
+"""The largest scale at which the derivative along the path is taken: as far as sliders are trained."""
+STEPS = 10
+"""Sampling steps of a prediction: the path bends as it does in twice as many."""
 TANGENT = 0.05
 """How far an image is moved along its tangent to read an attribute's slope, in the slider's units."""
 ROWS = 8
@@ -90,7 +92,7 @@ def safe_range(
     prompts: str | Sequence[str] | None = None,
     seeds: int | Sequence[int] = 2,
     reach: float | int = REACH,
-    steps: int = 20,
+    steps: int = STEPS,
     guidance: float | int | None = None,
     start: float | int = 0.0,
     stop: float | int = 1.0,
@@ -99,10 +101,11 @@ def safe_range(
     r"""Predict how far a slider may be pushed, from the curvature of its path, without sweeping.
 
     The path \(z(s)\) is what the sampler gives at scale s. Its exact derivative \(z'(s)\) through all
-    sampling steps (forward mode) is taken at three scales, −reach, 0 and reach; differences of these are
-    the second and third derivatives. An attribute's slope \(g(s)\) is its change along the tangent \(z'(s)\).
-    Its logarithm is continued as a parabola, \(\ln g(s) = \ln g(0) + β s + γ s²\), to where a fifth of
-    \(g(0)\) is left; the residual's square is continued as a parabola to where it is four times that at 0.
+    sampling steps (forward mode) is taken at five scales from −reach to reach. An attribute's slope
+    \(g(s)\) is its change along the tangent \(z'(s)\). Where a fifth of its slope at 0 is left among these
+    scales, the range ends there. Else the nearest \(\ln g(s) = α − 2 \ln\cosh(k s + c)\) is followed to
+    there: the slope of a sigmoid, whose steepness and offset are the curvature of the path seen in the
+    attribute. The residual's square is followed along the nearest parabola to four times that at 0.
 
     Args:
         pipe: the pipeline.
@@ -111,8 +114,8 @@ def safe_range(
         attribute: as for `calibrate`; if nothing tells, the path's way along its own first direction counts.
         prompts: as for `evaluate`; eight images at most are looked at.
         seeds: as for `evaluate`.
-        reach: where the derivative is taken beside 0, in the slider's units.
-        steps: sampling steps.
+        reach: the largest scale at which the derivative is taken, in the slider's units.
+        steps: sampling steps; half of the usual serve.
         guidance: classifier-free guidance; the pipeline's own if None.
         start: share of the way at which the slider begins to act.
         stop: share at which it ends.
@@ -232,7 +235,7 @@ def predict(work: Work, label: str, own: Claim | None, *, reach: float = REACH) 
     count = len(work.rows)
     chosen = torch.linspace(0, count - 1, min(ROWS, count)).round().int().tolist()
     rows = [work.rows[index] for index in chosen]
-    scales = (-reach, 0.0, reach)
+    scales = (-reach, -reach / 2, 0.0, reach / 2, reach)
     latents, tangents = _path(work, label, rows, scales)
     if not bool(tangents.isfinite().all()):
         unknown = (math.nan, math.nan)
@@ -245,10 +248,11 @@ def predict(work: Work, label: str, own: Claim | None, *, reach: float = REACH) 
         read, residual = _attribute_slopes(work, own, latents, tangents)
         if np.isfinite(read).all(0).any():
             slopes, told = read, own.attribute
-    mean = edges_of_slopes(reach, slopes, residual)
+    nodes = np.array(scales)
+    mean = edges_of_slopes(nodes, slopes, residual)
 
     def again(some: np.ndarray) -> Edges:
-        return edges_of_slopes(reach, slopes[:, some], None if residual is None else residual[:, some])
+        return edges_of_slopes(nodes, slopes[:, some], None if residual is None else residual[:, some])
 
     return SafeRange(
         mean.low,
@@ -263,7 +267,7 @@ def _path(
     work: Work, label: str, rows: Sequence[tuple[str, int]], scales: Sequence[float]
 ) -> tuple[Float[Tensor, "scales rows *shape"], Float[Tensor, "scales rows *shape"]]:
     """Clean latents at some scales, and their exact derivatives by the scale."""
-    size = work.painter.how.batch_size
+    size, steps = work.painter.how.batch_size, min(STEPS, work.painter.how.steps)
     latents, tangents = [], []
     for scale in scales:
         at = torch.tensor(scale, device=work.painter.base.device, dtype=torch.float32)
@@ -272,7 +276,7 @@ def _path(
             # The fused attention kernels know no forward mode, and some norms want help in it.
             with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), WrittenOut(), torch.no_grad():
                 here = forward_ad.make_dual(at, torch.ones_like(at))
-                found = work.painter.latents(rows[first : first + size], [(label, here)])
+                found = work.painter.latents(rows[first : first + size], [(label, here)], steps=steps)
                 value, tangent = forward_ad.unpack_dual(found)
                 latents.append(value)
                 tangents.append(torch.zeros_like(value) if tangent is None else tangent)
@@ -302,7 +306,7 @@ def _attribute_slopes(
 
 def _progress(flat: Float[Tensor, "scales rows numbers"]) -> Float[np.ndarray, "scales rows"]:
     """⟨z′(s), z′(0)⟩ / |z′(0)|²: how fast the path still goes along its first direction."""
-    first = flat[1]
+    first = flat[len(flat) // 2]
     size = first.square().sum(-1)
     along = (flat * first).sum(-1)
     found = torch.where(size > 0, along / size.clamp_min(torch.finfo(size.dtype).tiny), torch.nan)
@@ -311,7 +315,8 @@ def _progress(flat: Float[Tensor, "scales rows numbers"]) -> Float[np.ndarray, "
 
 def _curvature(flat: Float[Tensor, "scales rows numbers"], reach: float) -> dict[str, float]:
     """Functional curvature |z″| / |z′| at scale 0, mean over the images, in units of 1 / scale."""
-    second = (flat[2] - flat[0]) / (2 * reach)
-    first = flat[1].norm(dim=-1)
+    middle = len(flat) // 2
+    second = (flat[middle + 1] - flat[middle - 1]) / reach  # half of the reach apart from 0 on either side
+    first = flat[middle].norm(dim=-1)
     ratio = (second.norm(dim=-1) / first)[first > 0]
     return {"functional_curvature": float(ratio.mean()) if len(ratio) else math.nan}

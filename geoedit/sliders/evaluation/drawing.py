@@ -164,13 +164,14 @@ class Painter:
         return self._rounded(self.base.decode(latents), rows)
 
     def latents(
-        self, rows: Sequence[tuple[str, int]], scaled: Sequence[tuple[str, Any]]
+        self, rows: Sequence[tuple[str, int]], scaled: Sequence[tuple[str, Any]], *, steps: int | None = None
     ) -> Float[Tensor, "rows *shape"]:
         """Clean latents of prompts and seeds with sliders at scales, which may carry derivatives.
 
         Args:
             rows: prompt and seed of each image.
-            scaled: labels and scales: a number, or a tensor (rows,).
+            scaled: labels and scales: a number, or a tensor () or (rows,).
+            steps: sampling steps, where not the painter's own.
         """
         base, how = self.base, self.how
         labels = [label for label, _ in scaled]
@@ -183,7 +184,7 @@ class Painter:
             guided = how.guidance != 1 and not base.guidance_distilled
             latents, _ = base.sample(
                 words,
-                steps=how.steps,
+                steps=steps or how.steps,
                 guidance=how.guidance,
                 noise=noise(base, [seed for _, seed in rows]),
                 unconditional=base.unconditional(len(rows)) if guided else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy.optimize import least_squares
 
 from geoedit.sliders.evaluation.curves import FLAT, mean_curve, slope_at_zero
 
@@ -15,9 +16,13 @@ OFF = 2.0
 """The residual, over that of unsteered images, at which images have left the manifold."""
 KEPT = 0.9
 """The share of the images measured at scale 0 that must still be measurable."""
-FLOOR = 1e-3
+FLOOR = 0.05
 """Slopes below this share of the one at 0 count as this share: their logarithm must exist."""
-DRAWS = 200
+STEEP = (0.02, 10.0)
+"""How steep a sigmoid may be, in 1 / scale; below twice the first it counts as straight."""
+TOO_FAR = 6.0
+"""An end this many times as far as the slopes were taken is no knowledge."""
+DRAWS = 100
 SHARE = 0.9
 
 
@@ -126,52 +131,92 @@ def _crossing(places: np.ndarray, values: np.ndarray, at_zero: float) -> float:
 
 
 def edges_of_slopes(
-    reach: float,
-    slopes: Float[np.ndarray, "three rows"],
-    residual: Float[np.ndarray, "three rows"] | None,
+    scales: Float[np.ndarray, " nodes"],
+    slopes: Float[np.ndarray, "nodes rows"],
+    residual: Float[np.ndarray, "nodes rows"] | None,
 ) -> Edges:
-    """The ends of the range as slopes at −reach, 0 and reach predict them; see `safe_range`.
+    """The ends of the range as slopes at a few scales around 0 predict them; see `safe_range`.
 
     Args:
-        reach: the scale of the outer two.
+        scales: rising, the same on both sides of 0, with 0 in the middle: two on either side, or one.
         slopes: of the attribute, signed so that it should rise.
         residual: distances off the manifold at the same scales.
     """
     known = np.isfinite(slopes).all(0)
     if not known.any():
         return UNKNOWN
-    below, middle, above = slopes[:, known].mean(1)
-    if not middle > 0:
+    middle = len(scales) // 2
+    mean = slopes[:, known].mean(1)
+    # As the sweep sees the slope at 0: over the neighbours on both sides.
+    at_zero = float(mean[middle - 1 : middle + 2] @ [0.25, 0.5, 0.25])
+    if not at_zero > 0:
         return DEAD
-    logs = np.log(np.maximum(np.array([below, middle, above]) / middle, FLOOR))
-    low, high = _parabola(reach, logs[0], logs[2], math.log(FLAT))
-    ends = [(low, STOPS), (high, STOPS)]
+    share = mean / at_zero
+    low, high = _sigmoid(scales, np.log(np.maximum(share, FLOOR)))
+    ends = [
+        (_met(scales, share - FLAT, -1) or min(low, float(scales[0])), STOPS),
+        (_met(scales, share - FLAT, 1) or max(high, float(scales[-1])), STOPS),
+    ]
     if residual is not None:
-        known = np.isfinite(residual).all(0)
-        if known.any():
-            squares = np.square(residual[:, known]).mean(1)
-            if squares[1] > 0:
-                rises = squares / squares[1] - 1
-                off = _parabola(reach, -rises[0], -rises[2], 1 - OFF**2)
-                ends = [
-                    min((abs(own), own, why), (abs(other), other, LEAVES))[1:]
-                    for (own, why), other in zip(ends, off, strict=True)
-                ]
+        off = np.square(residual[:, np.isfinite(residual).all(0)])
+        if off.size and (first := off.mean(1))[middle] > 0:
+            rest = OFF**2 - first / first[middle]
+            for place, side in enumerate((-1, 1)):
+                end = _met(scales, rest, side) or _continued(scales, rest - OFF**2, -(OFF**2), side)
+                ends[place] = min(ends[place], (end, LEAVES), key=lambda pair: abs(pair[0]))
     (low, why_low), (high, why_high) = ends
     return Edges(
         low, high, why_low if math.isfinite(low) else NOTHING, why_high if math.isfinite(high) else NOTHING
     )
 
 
-def _parabola(reach: float, below: float, above: float, level: float) -> tuple[float, float]:
-    """Where the parabola through (−reach, below), (0, 0) and (reach, above) falls to a level below 0."""
-    curve = (below + above) / (2 * reach**2)
-    slope = (above - below) / (2 * reach)
-    roots = np.roots([curve, slope, -level]) if curve or slope else np.array([])
-    real = sorted(float(root.real) for root in roots if abs(root.imag) <= 1e-12 * abs(root))
-    low = max((root for root in real if root < 0), default=-math.inf)
-    high = min((root for root in real if root > 0), default=math.inf)
-    return low, high
+def _met(scales: np.ndarray, left: np.ndarray, side: int) -> float | None:
+    """Where a margin above 0 at scale 0 is used up between the scales on one side; None if it is not."""
+    zero = len(scales) // 2
+    beyond = _outwards(len(scales), zero, side)
+    end = _crossing(scales[beyond], left[beyond], max(float(left[zero]), 1e-12))
+    return end if math.isfinite(end) else None
+
+
+def _sigmoid(scales: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
+    """Where the slope of the nearest sigmoid has fallen to a fifth: ln g(s) = α − 2 ln cosh(k s + c).
+
+    That is the slope of tanh(k s + c): an attribute that goes from one end of what a model can draw to the
+    other. Infinite on both sides where the slope does not fall at all.
+    """
+
+    def parts(values: np.ndarray) -> tuple[float, float, float]:
+        steep = math.exp(min(max(float(values[0]), math.log(STEEP[0])), math.log(STEEP[1])))
+        return steep, 3 * math.tanh(float(values[1]) / 3), float(values[2])
+
+    def misfit(values: np.ndarray) -> np.ndarray:
+        steep, offset, height = parts(values)
+        return height - 2 * np.log(np.cosh(steep * scales + offset)) - logs
+
+    steep, offset, height = parts(least_squares(misfit, np.zeros(3), method="lm").x)
+    squared = math.exp(min(height, 50.0)) / FLAT
+    if squared <= 1 or steep * scales[-1] < 2 * STEEP[0]:
+        return -math.inf, math.inf
+    far = math.acosh(math.sqrt(squared))
+    low, high = (-far - offset) / steep, (far - offset) / steep
+    most = TOO_FAR * float(scales[-1])
+    return (low if -most < low < 0 else -math.inf), (high if 0 < high < most else math.inf)
+
+
+def _continued(scales: np.ndarray, values: np.ndarray, level: float, side: int) -> float:
+    """Where the parabola nearest to some values falls to a level beyond the scales; ±inf if nowhere."""
+    curve, slope, height = np.polyfit(scales, values, 2)
+    largest = max(abs(curve), abs(slope))
+    if largest * scales[-1] ** 2 <= 1e-9 * max(1.0, abs(height - level)):
+        return side * math.inf
+    coefficients = [curve, slope, height - level]
+    coefficients = coefficients if abs(curve) > 1e-12 * largest else coefficients[1:]
+    roots = [float(root.real) for root in np.roots(coefficients) if abs(root.imag) <= 1e-12 * abs(root)]
+    beyond = [root for root in roots if root * side > 0]
+    if not beyond:
+        return side * math.inf
+    nearest = min(beyond, key=abs)
+    return side * max(abs(nearest), float(scales[-1]))  # up to there it was seen to hold
 
 
 def bootstrap(

@@ -101,26 +101,39 @@ def test_what_cannot_be_measured_is_outside():
     assert edges(SCALES, -SCALES[None], None).high == 0
 
 
-def test_the_predicted_edge_of_a_gaussian_slope_is_exact():
-    """ln g = β s + γ s² is what the prediction assumes; then three slopes tell all."""
-    beta, gamma, reach = 0.3, -0.4, 0.5
-    slopes = np.exp(beta * np.array([-reach, 0, reach]) + gamma * reach**2 * np.array([1, 0, 1]))
-    found = edges_of_slopes(reach, np.stack([slopes, slopes], 1), None)
+NODES = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.4, -0.3])
+def test_the_predicted_edge_of_a_sigmoid_is_exact(offset):
+    """Slopes of tanh(k s + c) near 0 tell where a fifth is left far from 0."""
+    steep = 0.8
+    slopes = 1.7 * np.cosh(steep * NODES + offset) ** -2
+    found = edges_of_slopes(NODES, np.stack([slopes, slopes], 1), None)
+    at_zero = slopes[1:4] @ [0.25, 0.5, 0.25]
     for edge in (found.low, found.high):
-        assert beta * edge + gamma * edge**2 == pytest.approx(math.log(0.2))
-    assert found.low < 0 < found.high
+        assert 1.7 * np.cosh(steep * edge + offset) ** -2 == pytest.approx(0.2 * at_zero, rel=1e-4)
+    assert found.low < -1 and found.high > 1
+
+
+def test_an_edge_between_the_scales_is_read_off():
+    slopes = np.array([1, 1, 1, 1, -1.0])  # a fifth is left two fifths of the way from 0.5 to 1
+    found = edges_of_slopes(NODES, slopes[:, None], None)
+    assert found.high == pytest.approx(0.5 + 0.5 * 0.4) and found.low < -1
 
 
 def test_a_straight_path_has_no_predicted_edge():
-    assert edges_of_slopes(0.5, np.ones((3, 4)), None).high == math.inf
-    residual = np.sqrt(np.array([1 + 3 / 16, 1, 1 + 3 / 16]))[:, None]  # r² = 1 + 3 s² / 4: four at s = 2
-    found = edges_of_slopes(0.5, np.ones((3, 1)), residual)
+    assert edges_of_slopes(NODES, np.ones((5, 4)), None).high == math.inf
+    residual = np.sqrt(1 + 3 * NODES**2 / 4)[:, None]  # r² is four at s = 2
+    found = edges_of_slopes(NODES, np.ones((5, 1)), residual)
     assert (found.low, found.high) == (pytest.approx(-2), pytest.approx(2)) and "leave" in found.reason
+    soon = np.array([2.5, 1, 1, 1, 1])[:, None]  # 6.25 at −1, 1 at −0.5: four is met between
+    assert edges_of_slopes(NODES, np.ones((5, 1)), soon).low == pytest.approx(-0.5 - 0.5 * 3 / 5.25)
 
 
 def test_slopes_that_are_unknown_or_fall():
-    assert math.isnan(edges_of_slopes(0.5, np.full((3, 2), math.nan), None).high)
-    assert edges_of_slopes(0.5, -np.ones((3, 2)), None).high == 0
+    assert math.isnan(edges_of_slopes(NODES, np.full((5, 2), math.nan), None).high)
+    assert edges_of_slopes(NODES, -np.ones((5, 2)), None).high == 0
 
 
 def test_an_image_that_drops_out_leaves_the_mean_where_it_was():
