@@ -31,7 +31,7 @@ HELD_OUT = (
     ("diamond", {"brightness": "dark", "hue": "cyan", "rotation": "rising"}),
     ("shape", {"thickness": "thick", "hue": "blue", "x": "on the right"}),
 )
-"""What the prompts for scoring say; as they stand none is among the training prompts."""
+"""What the prompts for scoring say. None is among the training prompts, but for brightness the third."""
 
 
 def held_out(attribute: str) -> tuple[str, ...]:
