@@ -169,6 +169,7 @@ def _hook(module: nn.Module, bottleneck: Bottleneck, function: Callable[[Any], T
 def stream_of(run: Callable[[], Any], denoiser: nn.Module, bottleneck: Bottleneck) -> Tensor:
     """The stream at the bottleneck in one run of the denoiser.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> stream_of(lambda: net(torch.zeros(5, 2)), net, Bottleneck("0")).shape
     torch.Size([5, 3])

@@ -85,9 +85,11 @@ def write_pipeline(out: Path, pipe: Any, describe: Callable[[Any], dict[str, Any
                 if isinstance(part, torch.nn.Module):
                     part.half()
             pipe.save_pretrained(fresh, safe_serialization=True)
-        for config in fresh.glob("text_encoder*/config.json"):
+        for config in (fresh / "model_index.json", *fresh.glob("*/config.json")):
             content = json.loads(config.read_text(encoding="utf-8"))
-            content["dtype"] = "float32"
+            content.pop("_name_or_path", None)  # where it was once read from, on this machine
+            if config.parent.name.startswith("text_encoder"):
+                content["dtype"] = "float32"
             config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in fresh.rglob("*.safetensors"):
             file.chmod(0o644)  # its writer makes it private
