@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import permutations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,8 +14,11 @@ from experiments.slider_composition.composing import NAMES
 from experiments.slider_composition.lab import Lab, mean
 from geoedit.algebra import cross
 from geoedit.algebra.crossing import balanced
+from geoedit.errors import EditError
 from geoedit.sliders.slider import ModuleChange, Slider
 from manifolds import LowRank
+
+log = logging.getLogger(__name__)
 
 
 def crossings(lab: Lab) -> list[dict[str, Any]]:
@@ -28,10 +32,12 @@ def crossings(lab: Lab) -> list[dict[str, Any]]:
     for a, b in pairs:
         one, other = lab.sliders[a], lab.sliders[b]
         for gauge, slider in (
-            ("nearest", cross(one, other)),
-            ("spectrum", cross(one, other, gauge="spectrum")),
+            ("nearest", _crossed(one, other, "nearest")),
+            ("spectrum", _crossed(one, other, "spectrum")),
             ("random", _random(one, other, generator)),
         ):
+            if slider is None:
+                continue
             made[f"{a} × {b}, {gauge}"] = slider
             told.append((a, b, gauge))
     rows = [{label: at} for label in made for at in (-s, s)]
@@ -60,6 +66,15 @@ def crossings(lab: Lab) -> list[dict[str, Any]]:
             }
         )
     return records
+
+
+def _crossed(one: Slider, other: Slider, gauge: Literal["nearest", "spectrum"]) -> Slider | None:
+    """A crossing; None where the gauge is undefined, because some factors of the two do not overlap."""
+    try:
+        return cross(one, other, gauge=gauge)
+    except EditError as undefined:
+        log.info("%s × %s, %s: left out: %s", one.name, other.name, gauge, undefined)
+        return None
 
 
 def _random(a: Slider, b: Slider, generator: torch.Generator) -> Slider:
