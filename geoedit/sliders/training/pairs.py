@@ -126,13 +126,13 @@ def shapes_pairs(
     """Drawn shapes at several levels of an attribute, in natural standard deviations, all else being equal.
 
     The shape at level 0 is drawn as the world draws it; what a level would carry over the end of the natural
-    range stays at the end.
+    range stays at the end. Its prompt says some of what it is, and nothing of the attribute.
 
     Raises:
         EditError: there is no such attribute.
     """
     from geoedit.testbeds.shapes.render import render
-    from geoedit.testbeds.shapes.world import ATTRIBUTES, sample
+    from geoedit.testbeds.shapes.world import ATTRIBUTES, caption, sample, shares
 
     if attribute not in ATTRIBUTES:
         raise EditError(f"there is no attribute {attribute!r} of shapes; there are {', '.join(ATTRIBUTES)}.")
@@ -142,7 +142,13 @@ def shapes_pairs(
     order = torch.tensor(sorted(levels), dtype=torch.float32)
     rows = parameters[:, None].repeat(1, len(order), 1)
     rows[..., column] = (rows[..., column] + order * known.natural_sd).clamp(known.low, known.high)
-    return ImagePairs(render(rows, kinds[:, None].expand(-1, len(order))), order)
+    known_shares = shares(parameters)
+    known_shares[:, column] = torch.nan  # no word fits what is not known
+    prompts = (
+        caption(row, kind, generator=generator)
+        for row, kind in zip(known_shares.tolist(), kinds.tolist(), strict=True)
+    )
+    return ImagePairs(render(rows, kinds[:, None].expand(-1, len(order))), order, tuple(prompts))
 
 
 class PairTask(RegressionTask):

@@ -129,6 +129,9 @@ def test_drawn_pairs_differ_in_one_attribute_by_their_levels(attribute):
         wanted = torch.full((4,), 1.0 if name == attribute else 0.0)
         held = (step - wanted).abs() < 0.02  # a shape at the end of the range stays there
         assert bool(held.all()) if name != attribute else int(held.sum()) >= 2
+    words = {word for phrase in ATTRIBUTES[attribute].words for word in phrase.split()} - {"very"}
+    assert len(pairs.prompts) == 4
+    assert not any(words & set(prompt.split()) for prompt in pairs.prompts)
     with pytest.raises(EditError, match="no attribute 'age'"):
         shapes_pairs("age", 2, generator=seeded())
 
