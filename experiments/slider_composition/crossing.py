@@ -85,7 +85,8 @@ def _random(a: Slider, b: Slider, generator: torch.Generator) -> Slider:
         left, right = balanced(change.matrix)[0], balanced(other)[1]
         draw = torch.randn(left.shape[1], right.shape[0], generator=generator).to(left)
         u, _, v = torch.linalg.svd(draw, full_matrices=False)
-        changes.setdefault(component, {})[path] = ModuleChange(LowRank(left @ (u @ v), right), change.kernel)
+        joined = LowRank(left @ (u @ v), right).to(change.matrix.dtype)
+        changes.setdefault(component, {})[path] = ModuleChange(joined, change.kernel)
     return Slider(f"{a.name} × {b.name}, random", changes)
 
 

@@ -105,8 +105,8 @@ def crossed(
             f"{where}: matrices of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be crossed"
         )
     dtype = torch.promote_types(a.dtype, b.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    (left_a, right_a), (left_b, right_b) = (balanced(matrix.to(wide), rank) for matrix in (a, b))
+    digits = 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    (left_a, right_a), (left_b, right_b) = (balanced(matrix, rank) for matrix in (a, b))
     if not left_a.shape[-1] or not left_b.shape[-1]:
         return LowRank.zeros(*a.shape, dtype=dtype, device=a.device)
     if gauge == "spectrum":
@@ -117,28 +117,29 @@ def crossed(
             left_b[:, :width],
             right_b[:width],
         )
-        _check_apart(left_a.norm(dim=0), "the first", where)
-        _check_apart(left_b.norm(dim=0), "the second", where)
+        _check_apart(left_a.norm(dim=0), digits, "the first", where)
+        _check_apart(left_b.norm(dim=0), digits, "the second", where)
         signs = (left_a * left_b).sum(0) + (right_a * right_b).sum(-1)
         _check_known(signs.abs(), left_a.norm(dim=0) * left_b.norm(dim=0), where)
         return LowRank(left_a * signs.sign(), right_b).to(dtype)
     overlap = left_a.mT @ left_b + right_a @ right_b.mT
     u, values, v = torch.linalg.svd(overlap, full_matrices=False)
-    _check_known(values, left_a.norm() * left_b.norm(), where)
+    # The least component of either is what a direction of the overlap can be about.
+    _check_known(values, left_a.norm(dim=0).min() * left_b.norm(dim=0).min(), where)
     return LowRank(left_a @ (u @ v), right_b).to(dtype)
 
 
 def balanced(matrix: LowRank, rank: int | None = None) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-    """U √Σ and √Σ Vᵀ, of the numerical rank or a smaller one."""
+    """U √Σ and √Σ Vᵀ in float64, of the numerical rank or a smaller one."""
     kept = int(matrix.numerical_rank())
     kept = kept if rank is None else min(kept, rank)
-    left, values, right = matrix.svd()
+    left, values, right = matrix.to(torch.float64).svd()
     root = values[:kept].sqrt()
     return left[:, :kept] * root, root[:, None] * right[:kept]
 
 
 def _check_known(overlaps: Float[Tensor, " r"], scale: Tensor, where: str) -> None:
-    """Refuse a gauge that rounding would choose."""
+    """Refuse a gauge that rounding would choose; the factors count as exact, the arithmetic is float64's."""
     least = float((overlaps / scale).min())
     if not least > max(overlaps.shape[-1], 16) * torch.finfo(overlaps.dtype).eps:
         raise EditError(
@@ -147,10 +148,10 @@ def _check_known(overlaps: Float[Tensor, " r"], scale: Tensor, where: str) -> No
         )
 
 
-def _check_apart(values: Float[Tensor, " r"], whose: str, where: str) -> None:
+def _check_apart(values: Float[Tensor, " r"], digits: float, whose: str, where: str) -> None:
     """Refuse singular values that coincide, whose order means nothing."""
     gaps = values[:-1] - values[1:]
-    if len(gaps) and not bool(gaps.min() > 16 * torch.finfo(values.dtype).eps * values[0]):
+    if len(gaps) and not bool(gaps.min() > digits * values[0]):
         raise EditError(
             f"{where}: {whose} has singular values that coincide, so that their order means nothing; use "
             'gauge="nearest"'

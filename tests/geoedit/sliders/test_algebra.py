@@ -239,6 +239,16 @@ def test_the_nearest_gauge_is_scipys_procrustes_of_the_balanced_factors() -> Non
     assert close(dense(cross(a, b))[key], torch.from_numpy(expected))
 
 
+def test_components_that_are_small_leave_the_gauge_defined() -> None:
+    small = torch.tensor([1.0, 0.1, 1e-4])
+    a, b = (
+        slider(name, seed).map(lambda m: LowRank(m.left * small, m.right)) for seed, name in enumerate("ab")
+    )
+    whole, cut = cross(a, b), cross(a, b, rank=2)
+    for key, value in dense(whole).items():
+        assert close(value, dense(cut)[key], 0.05 * float(value.norm()))  # and change little
+
+
 def test_crossing_unequal_ranks_gives_the_smaller_and_undefined_gauges_are_refused() -> None:
     assert {c.matrix.rank for _, _, c in cross(slider("a", 0), slider("b", 1, rank=2))} == {2}
     assert {c.matrix.rank for _, _, c in cross(slider("a", 0), slider("b", 1), rank=1)} == {1}
